@@ -28,7 +28,7 @@ from upop.pruning.groups import Group
 from upop.runs.devices import make_accelerator
 from upop.runs.loaders import make_loader
 from upop.tasks import find_task
-from upop.tasks.chat import weighed
+from upop.tasks.chat import token_losses
 from vlms import settings_of
 
 _RESULTS = Path(__file__).parent / "results"
@@ -76,7 +76,7 @@ def score(model: nn.Module, batches: list[Any]) -> dict[str, float]:
     exact = tokens = right = answers = 0
     loss = 0.0
     for batch in batches:
-        nll, labels, likeliest = weighed(model, batch)
+        nll, labels, likeliest = token_losses(model, batch)
         counted = labels != IGNORED
         exact += int(((likeliest == labels) | ~counted).all(1).sum())
         answers, tokens = answers + len(labels), tokens + int(counted.sum())

@@ -28,7 +28,7 @@ from upop.demo.write import write_shapes
 from upop.runs.verbs import compress
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.chat import weighed
+from upop.tasks.chat import token_losses
 from upop.tasks.prune import prune
 
 RESULTS = Path(__file__).parent / "results" / "vlms.json"
@@ -229,7 +229,7 @@ def by_kind(out: Path) -> None:
     right: dict[str, list[bool]] = {}
     for start in range(0, len(asked), settings.batch_size_test):
         numbers = range(start, min(start + settings.batch_size_test, len(asked)))
-        _, labels, likeliest = weighed(model, collate([asked[number] for number in numbers]))
+        _, labels, likeliest = token_losses(model, collate([asked[number] for number in numbers]))
         for number, good in zip(numbers, ((likeliest == labels) | (labels == IGNORED)).all(1).tolist(), strict=True):
             right.setdefault(" ".join(asked.asked(number).split()[:2]), []).append(good)
     shares = {kind: 100 * sum(found) / len(found) for kind, found in right.items()}

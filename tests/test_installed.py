@@ -208,7 +208,7 @@ def test_a_wheel_that_pip_installs_runs_the_commands_of_the_readme(unpacked: Pat
     assert str(environment) in shown('python -c "import upop; print(upop.__file__)"')
     readme = (ROOT / "README.md").read_text().splitlines()
     (inspect,) = [line for line in readme if line.startswith("upop inspect deit_small")]
-    assert "What can be pruned" in shown(inspect)
+    assert "Prunable groups" in shown(inspect)
     save = (
         "import timm, upop; model = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=32); "
         "upop.shrink(model, {group.name: range(group.size // 2) for group in upop.find_groups(model)}); "

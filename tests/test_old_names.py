@@ -139,7 +139,7 @@ def test_flags() -> None:
 
 def test_bad_images_of_earlier_runs() -> None:
     images = BadImages(1)
-    images.know([{"image": "a.png", "file": "rows.json", "record": 3, "reason": "it is empty"}])
+    images.restore([{"image": "a.png", "file": "rows.json", "record": 3, "reason": "it is empty"}])
     assert images.rows() == [{"image": "a.png", "file": "rows.json", "sample": 3, "reason": "it is empty"}]
 
 

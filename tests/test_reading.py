@@ -125,7 +125,7 @@ def test_readers_of_annotations_wait_for_nobody(tmp_path: Path, read: Any) -> No
 
 def test_lines_of_json_are_told_to_be_a_list(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('{"image": "a.png"}\n{"image": "b.png"}\n')
-    with pytest.raises(DataError, match=r"Extra data: line 2 .* Put what its lines hold into one list"):
+    with pytest.raises(DataError, match=r"Extra data: line 2 .* Put its lines into one list"):
         read_samples(tmp_path / "list.json")
 
 

@@ -342,7 +342,7 @@ def test_the_command_writes_a_saved_model_of_transformers(tmp_path: Path) -> Non
     assert "model(input_ids (batch, tokens), attention_mask (batch, tokens)) -> logits; largest" in done.output
     assert "int8: " in done.output
     done = CliRunner().invoke(app, [*words[:4], "--samples", "4", "--overwrite"])
-    assert "--samples are a task's" in str(done.exception)
+    assert "--samples needs --quantize int8" in str(done.exception)
 
 
 def decoder() -> Any:

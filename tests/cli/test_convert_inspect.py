@@ -136,4 +136,4 @@ def test_a_model_that_cannot_be_pruned_is_shown_all_the_same(command: Command) -
     assert code == 0, text
     assert "Nothing of it can be pruned" in text and "9.11" in text
     assert "preview" not in text
-    assert "What can be pruned" not in text
+    assert "Prunable groups" not in text

@@ -87,7 +87,7 @@ def test_upop_alone_is_help(ended: Ended) -> None:
         ("compress nlvr --ratio 50%", "write 0.5 for 50 %"),
         ("inspect deit_tiny_patch16_224 --ratio 50%", "write 0.5 for 50 %"),
         ("compress nlvr --ratio 2x", "write 0.5 for 2x smaller"),
-        ("compress", f"Missing argument 'TASK'. What to learn: {', '.join(TASKS)}."),
+        ("compress", f"Missing argument 'TASK'. Task: {', '.join(TASKS)}."),
         ("compress nlvr --ratio", "requires an argument"),
     ],
 )

@@ -52,8 +52,8 @@ def test_what_is_not_there_yet_is_said_in_the_terminal_too(report: Command, tmp_
 def test_mistakes_are_answered_without_a_traceback(report: Command, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
     for words, said in (
-        ([tmp_path], "is no run folder, but it holds runs"),
-        ([tmp_path / "c"], "nothing is there"),
+        ([tmp_path], "is not a run directory, but it holds runs"),
+        ([tmp_path / "c"], "it does not exist"),
         (runs, "Add --compare"),
         (["--compare", runs[0]], "at least two runs; found 1"),
         ([runs[0], "--out", runs[1] / "settings.yaml" / "page.html"], "cannot be written"),

@@ -104,10 +104,10 @@ def test_tokens_are_cut_where_the_published_code_cuts_them(root: Path, tokenizer
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"caption": ["red"]}, "sample 1: 'caption' must be a text that is not empty"),
-        ({"caption": None}, "sample 1: 'caption' must be a text that is not empty, not null"),
+        ({"caption": ["red"]}, "sample 1: 'caption' must be a non-empty text"),
+        ({"caption": None}, "sample 1: 'caption' must be a non-empty text, not null"),
         ({"caption": "..."}, "sample 1: 'caption' holds no words: \"...\""),
-        ({"image": 7}, "sample 1: 'image' must be a text"),
+        ({"image": 7}, "sample 1: 'image' must be a non-empty text"),
         ({"image": "none.png"}, "sample 1: the image 'none.png' does not exist under the image root"),
     ],
     ids=str,
@@ -121,7 +121,7 @@ def test_broken_training_samples(root: Path, change: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"image": "a', r"train\.json is not JSON.*cut off"),
+        ('[{"image": "a', r"train\.json is not JSON.*truncated"),
         ("{}", r"train\.json must hold a list of samples"),
         ("[]", r"train\.json holds no samples"),
         ('[{"image": "a/red_007.png", "captions": "red"}]', "sample 0: the field 'caption' is missing"),
@@ -180,9 +180,9 @@ def test_a_test_split_may_have_no_captions(root: Path) -> None:
             {**OTHER, "image": f"{'1' * 30}.png"},
             "sample 1: the image id is the number .of at most 18 digits. at the end",
         ),
-        ({**OTHER, "image": "b/red_7.png"}, "sample 1: .*has the number 7, as has sample 0.*name the images otherwise"),
+        ({**OTHER, "image": "b/red_7.png"}, "sample 1: .*has the number 7, as has sample 0.*rename the images"),
         ({**OTHER, "image": "13.png"}, "sample 1: the image '13.png' does not exist"),
-        ({"image": "blue12.png"}, "sample 1: it has no captions, and other samples have. Add them"),
+        ({"image": "blue12.png"}, "sample 1: it has no captions, but other samples do. Add them"),
         ({**OTHER, "caption": []}, r"sample 1: 'caption' must be a list of some texts, not \[\]"),
         ({**OTHER, "caption": "blue"}, "sample 1: 'caption' must be a list of some texts"),
         ({**OTHER, "caption": ["blue", ""]}, "sample 1: 'caption' must be a list of some texts, but holds"),
@@ -206,7 +206,7 @@ def test_broken_samples_to_be_captioned(root: Path, sample: dict[str, Any], mess
         ({"annotations": [3]}, r"val_gt\.json, sample 0: must be an object with named fields, not 3"),
         ({"annotations": [{**ANNOTATION, "image_id": "7"}]}, r"sample 0: 'image_id' must be a whole number, not"),
         ({"annotations": [{**ANNOTATION, "image_id": True}]}, r"'image_id' must be a whole number, not true"),
-        ({"annotations": [{**ANNOTATION, "caption": " "}]}, r"val_gt\.json, .* 0: 'caption' must be a text"),
+        ({"annotations": [{**ANNOTATION, "caption": " "}]}, r"val_gt\.json, .* 0: 'caption' must be a non-empty text"),
         ({"annotations": [ANNOTATION, {"image_id": 7}]}, r"val_gt\.json, .* 1: the field 'caption' is missing"),
         (
             {"annotations": [ANNOTATION]},

@@ -108,9 +108,9 @@ def test_marks_of_images_in_questions(tmp_path: Path) -> None:
     assert ((ids == format.processor.image_token_id).sum(1) == 16).all()
     inside, before = (format.tokenizer.decode(row) for row in ids)
     assert inside.index("What is") < inside.index("<image>") and before.index("What is") > before.index("<image>")
-    with pytest.raises(DataError, match=r"line 1: its question has 2 marks <image>, and the row's images are 1"):
+    with pytest.raises(DataError, match=r"line 1: the question has 2 marks <image>, and the row has 1 images"):
         batched(format, read(tmp_path, {"question": "<image> <image> What?", **told}))
-    with pytest.raises(DataError, match=r"line 1: a text of it has <image>, by which the model marks an image"):
+    with pytest.raises(DataError, match=r"line 1: a text contains <image>, the model's token for an image"):
         batched(format, read(tmp_path, {"question": "What is <image> of HTML?", "answer": "a mark"}))
 
 
@@ -126,11 +126,11 @@ def test_a_model_without_template(tmp_path: Path) -> None:
 
 def test_what_a_model_cannot_take_is_named(tmp_path: Path) -> None:
     words, sees = made("llama", tmp_path / "a"), made("paligemma", tmp_path / "b")
-    with pytest.raises(DataError, match=r"line 1: it has 1 images, and the model reads texts alone"):
+    with pytest.raises(DataError, match=r"line 1: it has 1 images, and the model takes text only"):
         batched(words, read(tmp_path, {"question": "What?", "answer": "red", "image": "0.png"}))
     with pytest.raises(DataError, match=r"line 1: it has no image, and a PaliGemma needs one"):
         batched(sees, read(tmp_path, {"question": "What?", "answer": "red"}))
     smol = made("smolvlm", tmp_path / "c")
     smol.max_tokens = 20
-    with pytest.raises(DataError, match="an image of it lies beyond 20 tokens"):
+    with pytest.raises(DataError, match="an image lies beyond 20 tokens"):
         batched(smol, read(tmp_path, {"question": "What?", "answer": "red", "image": "0.png"}))

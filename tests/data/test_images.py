@@ -52,7 +52,7 @@ def test_the_content_tells_the_kind_and_not_the_name(tmp_path: Path, form: str) 
 
 @pytest.mark.parametrize("form", ["ICO", "PCX", "TGA", "SGI", "DDS", "PDF"])
 def test_other_kinds_are_refused_whatever_they_are_called(tmp_path: Path, form: str) -> None:
-    assert "no image of a kind that is read (JPEG, PNG" in reason(write_image(tmp_path / "a.jpg", form))
+    assert "not an image in a supported format (JPEG, PNG" in reason(write_image(tmp_path / "a.jpg", form))
 
 
 def test_no_other_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_no_other_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(subprocess, "Popen", started)
     for name in ("a.eps", "a.jpg", "a.png"):
         (tmp_path / name).write_bytes(EPS)
-        assert "no image of a kind that is read" in reason(tmp_path / name)
+        assert "not an image in a supported format" in reason(tmp_path / name)
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "one side is over 1000 times the other" in reason(write_image(tmp_path / "a.png", size=(1, 1001)))
     assert opened(write_image(tmp_path / "b.png", size=(1000, 1))).size == (1000, 1)
     monkeypatch.setattr(images, "MOST_PIXELS", 47)
-    assert reason(write_image(tmp_path / "c.png")) == "it has 8 x 6 pixels, and 47 in all are the most"
+    assert reason(write_image(tmp_path / "c.png")) == "it has 8 x 6 pixels, and the limit is 47 in all"
     monkeypatch.setattr(images, "_MOST_BYTES", 10)
-    assert "and 10 are the most" in reason(tmp_path / "b.png")
+    assert "and the limit is 10" in reason(tmp_path / "b.png")
 
 
 def test_a_image_that_claims_much_is_refused_before_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_whatever_leads_to_an_image_inside_is_taken(tmp_path: Path, root: Path, 
 def test_what_is_no_file_is_told_at_the_start(tmp_path: Path, root: Path) -> None:
     os.mkfifo(root / "pipe1.png")
     for image in ("pipe1.png", "in", "."):
-        with pytest.raises(DataError, match="is no file under the image root"):
+        with pytest.raises(DataError, match="is not a file under the image root"):
             READERS["nlvr"](annotated(tmp_path, "nlvr", image), root, False)
 
 
@@ -217,8 +217,8 @@ def test_files_that_are_left_out_are_counted_and_said(tmp_path: Path) -> None:
         write_image(folder / "train" / name, "PNG")
     write_image(folder / "train" / "3.jpg")
     beside, others = listed(folder).notes
-    assert "1 images beside the class folders" in beside and "train/3.jpg" in beside
-    assert "4 files" in others and ".txt (1)" in others and "no ending (1)" in others and "cat/a.txt" in others
+    assert "1 images outside of class folders" in beside and "train/3.jpg" in beside
+    assert "4 files" in others and ".txt (1)" in others and "no extension (1)" in others and "cat/a.txt" in others
 
 
 def test_links_between_folders_end(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_missing_file_is_named_with_a_hint(root: Path):
     ("content", "message"),
     [
         ("", "is not JSON"),
-        ('[{"sentence": "a', "is not JSON.*cut off"),
+        ('[{"sentence": "a', "is not JSON.*truncated"),
         ("[" * 100_000, "is not JSON"),
         ("{}", r"must hold a list of samples, not \{\}"),
         ("null", "must hold a list of samples, not null"),
@@ -124,8 +124,8 @@ def test_a_file_that_is_no_list_of_samples_is_refused(root: Path, content: str, 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sentence": 5}, "sample 17: 'sentence' must be a text that is not empty, not 5"),
-        ({"sentence": " "}, "sample 17: 'sentence' must be a text that is not empty"),
+        ({"sentence": 5}, "sample 17: 'sentence' must be a non-empty text, not 5"),
+        ({"sentence": " "}, "sample 17: 'sentence' must be a non-empty text"),
         ({"sentence": "..."}, "sample 17: 'sentence' holds no words: '...'"),
         ({"label": True}, 'sample 17: \'label\' must be the text "False" or "True", not true'),
         ({"label": "true"}, "not \"true\" (did you mean 'True'?)"),
@@ -161,7 +161,7 @@ def test_missing_images_are_counted(root: Path):
 
 def test_a_wrong_image_root_is_said_to_be_no_folder(root: Path):
     dataset(root, [SAMPLE])
-    with pytest.raises(DataError, match=r"image root .*pictures is no folder"):
+    with pytest.raises(DataError, match=r"image root .*pictures is not a folder"):
         NlvrDataset(root.parent / "nlvr.json", root.parent / "pictures", eval_transform(8), swap=False)
 
 

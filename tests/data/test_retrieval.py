@@ -92,7 +92,7 @@ def test_broken_gallery_samples(root: Path, change: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"caption": ["red"]}, "sample 1: 'caption' must be a text"),
+        ({"caption": ["red"]}, "sample 1: 'caption' must be a non-empty text"),
         ({"caption": "***"}, "sample 1: 'caption' holds no words"),
         ({"image_id": None}, "sample 1: 'image_id' must be a text or a whole number, not null"),
         ({"image_id": True}, "sample 1: 'image_id' must be a text or a whole number, not true"),

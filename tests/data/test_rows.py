@@ -139,9 +139,9 @@ WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"messages": [{"role": "user", "content": "a"}]}], {}, "line 1: the column 'messages' has no answer"),
     ([{"messages": [{"role": "usr", "content": "a"}]}], {}, "'usr' in turn 0 (did you mean 'user'?)"),
     ([{"conversations": [ASKED, SAID]}], {}, "has 1 marks <image>, and the row has 0 images"),
-    ([{"text": "a"}, "{"], {"kinds": ("text",)}, "rows.jsonl, line 2 is no JSON"),
+    ([{"text": "a"}, "{"], {"kinds": ("text",)}, "rows.jsonl, line 2 is not JSON"),
     ([{"text": "a"}, "", 3], {"kinds": ("text",)}, "rows.jsonl, line 3: a row must be an object"),
-    ([{"image": "https://a.b/c.png", "caption": "a"}], {}, "is an address"),
+    ([{"image": "https://a.b/c.png", "caption": "a"}], {}, "is a URL"),
     ([{"image": "../0.png", "caption": "a"}], {}, "lies outside of the image root"),
     ([{"image": "0.png", "label": "cat"}], {"classes": ("bat", "dog")}, "did you mean 'bat'"),
     ([{"image": "0.png", "label": 2}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
@@ -165,9 +165,9 @@ def test_wrong_names_are_answered(folder: Path) -> None:
         read_rows(folder / "row.jsonl")
     with pytest.raises(DataError, match="owner/nothing cannot be read as a data set"):
         read_rows("owner/nothing")
-    with pytest.raises(SettingError, match=r"'lable' is nothing that a row has here \(did you mean 'label'"):
+    with pytest.raises(SettingError, match=r"'lable' is not a role of a column here \(did you mean 'label'"):
         read_rows(folder / "rows.jsonl", columns={"lable": "text"})
-    with pytest.raises(SettingError, match="how many of its rows"):
+    with pytest.raises(SettingError, match="needs the number of rows to read"):
         read_rows("owner/nothing", streaming=True)
     (folder / "0.png").write_bytes(b"none")
     with pytest.raises(BadImageError, match=r"rows.jsonl, line 1: the image .*0.png cannot be read"):
@@ -188,7 +188,7 @@ def test_settings_name_the_rows(folder: Path) -> None:
     assert RowSettings(data=file).held_out == ("val",)
     evaluated = RowSettings(data=file).as_evaluated()
     assert evaluated.held_out == ("test",) and len(rows_for(evaluated, "test", ("text",))) == 40
-    with pytest.raises(SettingError, match="none are named"):
+    with pytest.raises(SettingError, match="No rows to train on are given"):
         texts("train")
-    with pytest.raises(ValueError, match=r"'imag' is nothing that a column can be \(did you mean 'image'"):
+    with pytest.raises(ValueError, match=r"'imag' is not a role of a column \(did you mean 'image'"):
         RowSettings(data=file, columns={"imag": "x"})

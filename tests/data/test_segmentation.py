@@ -110,7 +110,7 @@ ON_ACCESS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "label",
         _break(MAP, lambda path: save_map(path, torch.full((33, 24), 6))),
-        r"ADE_train_1\.png holds label 6, and there are 5",
+        r"ADE_train_1\.png holds label 6, but classes is 5",
     ),
     (
         "size",

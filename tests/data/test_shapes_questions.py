@@ -12,7 +12,7 @@ from pixels import Seen, seen
 from upop.demo import questions as q
 from upop.demo.draw import draw_scene
 from upop.demo.scenes import COLOURS, GRID, KINDS, SIZES, Noun, Scene, Shape
-from upop.demo.vqa import ANNOTATORS, FRAMES, SHARES, Asked, Example, annotate, answer_list, sample_examples
+from upop.demo.vqa import ANNOTATORS, FRAMES, SHARES, AnnotatedQuestion, Example, annotate, answer_list, sample_examples
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def asked(examples: list[Example]) -> list[Asked]:
-    return [one for example in examples for one in example.asked]
+def asked(examples: list[Example]) -> list[AnnotatedQuestion]:
+    return [one for example in examples for one in example.questions]
 
 
 THINGS = rf"((?:(?:{'|'.join((*SIZES, *COLOURS))}) )*(?:{'|'.join((*KINDS, 'shape'))}))s?"
@@ -72,7 +72,7 @@ def test_answers_hold_of_the_pixels(examples: list[Example]):
     checked: Counter = Counter()
     for example in examples[:250]:
         see = seen(draw_scene(example.scene, 128))
-        for question in example.asked:
+        for question in example.questions:
             for pattern, answer in SAYS:
                 if found := re.fullmatch(pattern, question.text):
                     assert answer(see, *found.groups()) == question.answer, question.text
@@ -82,14 +82,14 @@ def test_answers_hold_of_the_pixels(examples: list[Example]):
 
 def test_every_answer_is_what_the_question_says(examples: list[Example]):
     for example in examples:
-        assert len({question.frame.family for question in example.asked}) == 4
-        for question in example.asked:
+        assert len({question.frame.family for question in example.questions}) == 4
+        for question in example.questions:
             assert question.question.answer(example.scene) == question.answer
             assert question.text in question.question.phrasings()
             assert question.answer in question.frame.answers
 
 
-def test_every_answer_of_a_frame_comes_up_equally_often(asked: list[Asked]):
+def test_every_answer_of_a_frame_comes_up_equally_often(asked: list[AnnotatedQuestion]):
     tally: dict[int, Counter] = defaultdict(Counter)
     for question in asked:
         tally[FRAMES.index(question.frame)][question.answer] += 1
@@ -99,7 +99,7 @@ def test_every_answer_of_a_frame_comes_up_equally_often(asked: list[Asked]):
         assert max(every) - min(every) <= 1
 
 
-def test_the_question_alone_does_not_give_the_answer_away(asked: list[Asked]):
+def test_the_question_alone_does_not_give_the_answer_away(asked: list[AnnotatedQuestion]):
     """The most frequent answer to the same words elsewhere is right as often as a guess within the frame."""
     half = len(asked) * 2 // 3
     answers: dict[str, Counter] = defaultdict(Counter)
@@ -112,7 +112,7 @@ def test_the_question_alone_does_not_give_the_answer_away(asked: list[Asked]):
     assert right < guessed + 0.045  # more than three standard deviations
 
 
-def test_all_three_types_of_answers_come_up(asked: list[Asked]):
+def test_all_three_types_of_answers_come_up(asked: list[AnnotatedQuestion]):
     types = Counter(question.frame.answer_type for question in asked)
     assert {name: round(number / len(asked), 1) for name, number in types.items()} == {
         "yes/no": 0.5,

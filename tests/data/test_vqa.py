@@ -129,7 +129,7 @@ def test_the_list_of_candidates(root: Path) -> None:
     ("content", "message"),
     [
         ("", "is not JSON"),
-        ('[{"question": "a', "is not JSON.*cut off"),
+        ('[{"question": "a', "is not JSON.*truncated"),
         ("{}", r"must hold a list of samples, not \{\}"),
         ("[]", "holds no samples"),
         ("[1]", "sample 0: must be an object with named fields, not 1"),
@@ -141,13 +141,13 @@ def test_a_file_that_is_no_list_of_samples_is_refused(root: Path, kind: str, con
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"question": 5}, "'question' must be a text that is not empty, not 5"),
+    ({"question": 5}, "'question' must be a non-empty text, not 5"),
     ({"question": "(...)"}, "'question' holds no words: '(...)'"),
     ({"dataset": "coco"}, '\'dataset\' must be the text "vqa" or "vg", not "coco"'),
     ({"dataset": "VQA"}, "'dataset' must be the text"),
     ({"dataset": None}, '\'dataset\' must be the text "vqa" or "vg", not null'),
     ({"image": "a/rad.png"}, "the image 'a/rad.png' does not exist under the image root"),
-    ({"image": ["a/red.png"]}, "'image' must be a text"),
+    ({"image": ["a/red.png"]}, "'image' must be a non-empty text"),
     ({"answer": "red"}, "'answer' must be a list of"),
     ({"answer": []}, "'answer' must be a list of"),
     ({"answer": ["red"] * 9 + [2]}, "'answer' must be a list of"),
@@ -186,7 +186,7 @@ def test_broken_questions_to_be_answered(root: Path, fields: dict[str, Any], mes
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("first", "message"), [(ANSWERED, "is missing, and the"), (ASKED, "is there, and the")])
+@pytest.mark.parametrize(("first", "message"), [(ANSWERED, "is missing, and the"), (ASKED, "exists, and the")])
 def test_answers_for_some_questions_only_are_refused(root: Path, first: dict[str, Any], message: str) -> None:
     other = ASKED if first is ANSWERED else ANSWERED
     with pytest.raises(DataError, match=rf"asked\.json, sample 1: the field 'answer' {message}.*for none"):
@@ -201,7 +201,7 @@ def test_a_missing_field_is_named_with_the_nearest(root: Path, name: str) -> Non
 
 
 def test_a_visual_genome_answer_is_one_text(root: Path) -> None:
-    with pytest.raises(DataError, match=r"train0\.json, sample 1: 'answer' must be a text.*not \[\"a\"\]"):
+    with pytest.raises(DataError, match=r"train0\.json, sample 1: 'answer' must be a non-empty text.*not \[\"a\"\]"):
         training(root, [GENOME, {**GENOME, "answer": ["a"]}])
 
 
@@ -209,7 +209,7 @@ def test_a_missing_image_names_the_root_of_its_source(root: Path) -> None:
     with pytest.raises(DataError, match=r"train0\.json, sample 1: the image 'a/red\.png' does not exist .*vg\."):
         training(root, [GENOME, {**GENOME, "image": "a/red.png"}])
     file = root / "train0.json"
-    with pytest.raises(DataError, match=r"sample 0: the image root .*nowhere is no folder"):
+    with pytest.raises(DataError, match=r"sample 0: the image root .*nowhere is not a folder"):
         VqaTrainingDataset([file], {"vqa": root / "coco", "vg": root / "nowhere"}, eval_transform(8))
 
 
@@ -224,12 +224,12 @@ def test_a_image_that_cannot_be_read_is_named_when_it_is_asked_for(root: Path) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"answer_list\.json does not exist. Ranking needs it; set inference: generate"),
+        (None, r"answer_list\.json does not exist. Ranking needs it; inference: generate"),
         ("[", r"answer_list\.json cannot be read"),
         ("[]", r"answer_list\.json must be a JSON list of texts, not \[\]"),
         ('{"yes": 1}', r"answer_list\.json must be a JSON list of texts"),
-        ('["yes", 2]', r"answer_list\.json, entry 1: must be a text that is not empty, not 2"),
-        ('["yes", " "]', r"answer_list\.json, entry 1: must be a text that is not empty"),
+        ('["yes", 2]', r"answer_list\.json, item 1: must be a non-empty text, not 2"),
+        ('["yes", " "]', r"answer_list\.json, item 1: must be a non-empty text"),
     ],
 )
 def test_broken_lists_of_candidates(root: Path, content: str | None, message: str) -> None:

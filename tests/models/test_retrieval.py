@@ -186,7 +186,7 @@ def test_captions_of_one_image_are_all_right_answers() -> None:
     model = tiny().train()
     batch = pairs(4, ids=[5, 5, 6, 7])
     with torch.no_grad():
-        model.move_momentum(model.config.momentum)  # as the pass does
+        model.update_momentum(model.config.momentum)  # as the pass does
         image, text = model.encode_image(batch["images"])[1], model.encode_text(*_words(batch))[1]
         image_m = model.encode_image(batch["images"], momentum=True)[1]
         text_m = model.encode_text(*_words(batch), momentum=True)[1]

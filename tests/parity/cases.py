@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import upop
 from conftest import parity_sets
 from upop.checkpoints.names.clip import from_openai, group_from_openai, to_openai
-from upop.data.caption import words_to_say
+from upop.data.caption import caption_labels
 from upop.models.caption import BlipCaption, CaptionConfig, caption_loss
 from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
@@ -229,7 +229,7 @@ def _caption_batch(config: Config, inputs: Tensors, _search: Tensors) -> Batch:
         "images": inputs["image"],
         "input_ids": inputs["ids"],
         "attention_mask": inputs["mask"],
-        "labels": words_to_say(inputs["ids"], inputs["mask"], 1 + len(prompt)),
+        "labels": caption_labels(inputs["ids"], inputs["mask"], 1 + len(prompt)),
         "prompt": prompt,
         "end": end,
         "lengths": {name: config[name] for name in ("max_length", "min_length")},

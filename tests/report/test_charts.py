@@ -64,7 +64,7 @@ def test_a_loss_that_begins_far_above_is_cut_and_this_is_said() -> None:
     assert whole is not None
     assert cut is not None
     assert whole.title == "loss"
-    assert cut.title == "loss; up to 100, cut at 2.74"
+    assert cut.title == "loss; up to 100, clipped at 2.74"
     assert cut.y[0].text == "2"
     steady = chart("loss", [Line("a", "ink", points[1:])], cut=True)
     assert steady is not None

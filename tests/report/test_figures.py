@@ -86,7 +86,7 @@ def test_history_shows_metric_masked_share_and_loss_over_the_phases() -> None:
     assert list(accuracy.lines[0].get_ydata()) == [70.0, 71.0]
     assert set(accuracy.lines[1].get_ydata()) == {83.1}
     assert accuracy.lines[1].get_linestyle() == "--"
-    assert [line.get_label() for line in masked.lines] == ["asked of all together", "vision", "text"]
+    assert [line.get_label() for line in masked.lines] == ["target for all groups", "vision", "text"]
     assert masked.lines[2].get_ydata()[-1] == pytest.approx(50 * math.sin(math.pi * 90 / 200) / 2)
     assert len(loss.lines[0].get_xdata()) == 20
 

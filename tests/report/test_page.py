@@ -40,7 +40,7 @@ def test_the_page_is_alone_and_shows_the_numbers_of_the_results(tmp_path: Path) 
         )
     ]
     assert page.numbers == expected
-    for shown in ("81.2", "-1.9", "1.73x smaller", "1.48x fewer", "1.60x faster", "side by side, batch 4, Some CPU"):
+    for shown in ("81.2", "-1.9", "1.73x smaller", "1.48x fewer", "1.60x faster", "alternately, batch 4, Some CPU"):
         assert shown in page.text
     assert "test accuracy 81.2 % dense 83.1, -1.9 points" in page.text
     assert not page_notes(page)
@@ -72,8 +72,8 @@ def test_curves_settings_versions_examples_and_the_command_are_there(tmp_path: P
     plots = [attributes["aria-label"] or "" for attributes in page.named("div") if attributes.get("role") == "img"]
     assert [plot.partition(".")[0] for plot in plots] == [
         "On the dev split (%)",
-        "Kept while searching (%)",
-        "Training loss; up to 3, cut at 0",  # a full stop: 0.9...
+        "Kept during the search (%)",
+        "Training loss; up to 3, clipped at 0",  # a full stop: 0.9...
         "Learning rate",
     ]
     assert "accuracy: from 80 to 80.5" in plots[0]
@@ -118,9 +118,12 @@ def _emptied(path: Path) -> None:
     [
         (
             ["results.json"],
-            "The run has not ended: results.json, which its end writes, is not there yet. Its last row is",
+            "The run has not ended: there is no results.json yet. Its last row is from",
         ),
-        (["results.json", "best/upop.json", "examples/examples.json"], "no compressed model is in best/ or last/"),
+        (
+            ["results.json", "best/upop.json", "examples/examples.json"],
+            "there is no compressed model in best/ or last/",
+        ),
         (["metrics.jsonl"], "so there are no curves"),
         (["examples/examples.json"], "There are no examples"),
         (["versions.json"], "versions.json is missing"),
@@ -147,7 +150,7 @@ def test_a_run_that_can_go_on_says_so(tmp_path: Path) -> None:
     assert "--resume" not in page_of(folder).text
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step-00000012.pt").write_bytes(b"")
-    assert "goes on with it, with --resume" in page_of(folder).text
+    assert "resumes it with --resume" in page_of(folder).text
 
 
 def test_a_row_that_is_being_written_and_a_missing_image_do_no_harm(tmp_path: Path) -> None:
@@ -156,8 +159,8 @@ def test_a_row_that_is_being_written_and_a_missing_image_do_no_harm(tmp_path: Pa
         file.write('{"phase": "retrain", "step": 12')
     (folder / "examples" / "3-0.png").unlink()
     page = page_of(folder)
-    assert "metrics.jsonl has lines that cannot be read, and are left out: 1." in page.text
-    assert "3-0.png is missing or no image" in page.text
+    assert "metrics.jsonl has unreadable lines, which are left out: 1." in page.text
+    assert "3-0.png is missing or not an image" in page.text
 
 
 def test_other_files_of_the_machine_are_not_shown(tmp_path: Path) -> None:
@@ -240,12 +243,12 @@ def test_rows_that_hold_something_else_are_left_out(tmp_path: Path, change: dict
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder: folder.parent / "rum", r"nothing is there \(did you mean 'run'\?\)"),
-        (lambda folder: folder / "best", "but a part of the run"),
+        (lambda folder: folder.parent / "rum", r"it does not exist \(did you mean 'run'\?\)"),
+        (lambda folder: folder / "best", "but part of the run"),
         (lambda folder: folder.parent, "but it holds runs: .*run.* --compare"),
         (lambda folder: folder / "settings.yaml", "it is a file"),
-        (lambda folder: folder / "empty", "it is empty. A run keeps settings.yaml and versions.json"),
-        (lambda folder: folder / "other", "it holds a.txt, b.txt. A run keeps"),
+        (lambda folder: folder / "empty", "it is empty. A run writes settings.yaml and versions.json"),
+        (lambda folder: folder / "other", "it holds a.txt, b.txt. A run writes"),
     ],
 )
 def test_a_folder_that_is_no_run_is_told_apart(tmp_path: Path, make: Callable[[Path], Path], said: str) -> None:
@@ -283,7 +286,7 @@ def test_several_runs_are_put_side_by_side(tmp_path: Path) -> None:
     assert len(page.numbers) == 5 * 3
     assert "dense a/2x, b/2x" in page.text
     assert "c: The run has not ended" in page.text
-    differing = page.text.partition("Settings that differ")[2].partition("To run them again")[0]
+    differing = page.text.partition("Settings that differ")[2].partition("Commands")[0]
     assert "p 0.5 0.5 0.75" in differing
     assert "method - magnitude -" in differing
     assert "output_dir" not in differing
@@ -364,10 +367,10 @@ def test_a_image_that_is_a_link_or_a_pipe_is_not_shown(tmp_path: Path) -> None:
     place = folder / "examples" / "3-0.png"
     elsewhere = place.rename(tmp_path / "mine.png")
     place.symlink_to(elsewhere)
-    assert "3-0.png is missing or no image" in page_of(folder).text
+    assert "3-0.png is missing or not an image" in page_of(folder).text
     place.unlink()
     os.mkfifo(place)
-    assert "3-0.png is missing or no image" in page_of(folder).text
+    assert "3-0.png is missing or not an image" in page_of(folder).text
 
 
 def timed(name: str, dense: float, small: float, **changes: Any) -> Results:
@@ -385,8 +388,8 @@ def test_every_run_has_the_latency_of_its_own_dense_model(tmp_path: Path) -> Non
     assert "dense b 82.3 83.1 259.5 132.5 1,600" in page.text
     assert "2,000 1.25x slower" in page.text and "1,250 1.60x faster" in page.text
     assert "0.80" not in page.text
-    assert "a: Latency: median, measured side by side, batch 4" in page.text
-    assert "b: Latency: median, measured side by side, batch 8" in page.text
+    assert "a: Latency: median, measured alternately, batch 4" in page.text
+    assert "b: Latency: median, measured alternately, batch 8" in page.text
 
 
 def test_a_tile_says_slower_where_it_is_slower(tmp_path: Path) -> None:
@@ -401,8 +404,8 @@ def test_runs_without_a_compressed_model_are_compared_with_none(tmp_path: Path) 
     dense = Results(models=results().models[:1])
     runs = [read_run(write_run(tmp_path / name, dense)) for name in ("a", "b")]
     text = Page(comparison_page(runs)).text
-    assert "gain over the dense model" not in text
-    assert "leads from a run's compressed model" not in text
+    assert "change from the dense model" not in text
+    assert "connects a run's compressed model" not in text
     both = Page(comparison_page([runs[0], read_run(write_run(tmp_path / "c"))])).text
-    assert "gain over the dense model of its own run" in both
-    assert "leads from a run's compressed model" in both
+    assert "change from the dense model of the same run" in both
+    assert "connects a run's compressed model" in both

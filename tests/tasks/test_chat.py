@@ -80,8 +80,8 @@ def mark(model: Any, folder: Path) -> Any:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"data": "rows.json"}, "did you mean 'rows.jsonl'"),
-    ({"data": None}, "rows to train on are needed"),
-    ({"pretrained": None}, "Which model is not said"),
+    ({"data": None}, "No rows to train on are given"),
+    ({"pretrained": None}, "No model is given"),
     ({"columns": {"answer": "reply"}}, "has no column 'reply'"),
     ({"pretrained": "data"}, "no processor that transformers can read"),
 ]
@@ -149,19 +149,19 @@ def test_scores_of_answers() -> None:
 
 
 def test_streaming_without_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="how many to take"):
+    with pytest.raises(ValueError, match="the number of rows to read"):
         ChatSettings(data="owner/set", streaming=True)
 
 
 def test_answers_beyond_what_is_read_are_told(tmp_path: Path) -> None:
     model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
     short = settings(model, data, tmp_path / "none", max_tokens=8).as_evaluated()
-    with pytest.raises(DataError, match=r"line 1: its answer lies beyond max_tokens \(8\).*all other rows"):
+    with pytest.raises(DataError, match=r"line 1: the answer lies beyond max_tokens \(8\).*all other evaluated rows"):
         evaluate_checkpoint(find_task("chat"), short)
     with data.open("a") as file:
         file.write(json.dumps({"question": "What is it ? " * 200, "answer": "red"}) + "\n")
     some = settings(model, data, tmp_path / "some", max_tokens=100).as_evaluated()
-    with pytest.warns(UserWarning, match=r"1 of 13 rows \(.*line 13, and on\) have their answers beyond max_tokens"):
+    with pytest.warns(UserWarning, match=r"1 of 13 rows \(.*line 13\) have their answers beyond max_tokens"):
         found = evaluate_checkpoint(find_task("chat"), some)
     assert found is not None and found.models[0].metrics["test"]["perplexity"] > 1
 
@@ -198,7 +198,7 @@ def test_prune_without_training(
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(("verb", "says"), [("train", "train for 3 epochs"), ("compress", "by the first-order terms")])
+@pytest.mark.parametrize(("verb", "says"), [("train", "train for 3 epochs"), ("compress", "by first-order importance")])
 def test_a_dry_run_says_what_it_takes_of_memory(
     verb: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,7 +209,7 @@ def test_a_dry_run_says_what_it_takes_of_memory(
     with pytest.raises(SystemExit) as ended:
         main()
     shown = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and says in shown and "The data can be read. Memory:" in shown
+    assert ended.value.code == 0 and says in shown and "The data are readable. Memory:" in shown
     assert "recovery of all weights" in shown and not (tmp_path / "out").exists()
 
 
@@ -241,7 +241,7 @@ def test_towers_are_included_by_name(tmp_path: Path) -> None:
         found = towers(model, [tower])
         assert found and {modalities[name] for name in found} == {modality}
     assert towers(model, []) is None
-    with pytest.raises(SettingError, match="its groups are of text"):
+    with pytest.raises(SettingError, match="Its groups belong to text"):
         towers(upop.load(vlms.llama(tmp_path / "words")), ["vision"])
 
 

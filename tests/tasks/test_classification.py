@@ -186,20 +186,22 @@ def test_a_head_for_other_classes_starts_afresh_and_this_is_said(
     for verb, folder in ((train, "trained"), (compress, "2x")):
         results = verb(TASK, settings_of(config, output_dir=tmp_path / folder, **changes))
         assert results is not None
-        assert "The head for 12 classes gives way to a fresh one for 3" in " ".join(capsys.readouterr().out.split())
+        assert "the head for 12 classes is replaced by a new one for 3" in " ".join(capsys.readouterr().out.split())
         assert set(results.models[-1].metrics["val"]) == {"acc@1"}  # five of three classes are no measure
         assert upop.load(tmp_path / folder / "best").config.classes == 3
     published = save_official("classification", upop.load(settings_of(config).pretrained), tmp_path / "dense.pth")
     train(TASK, settings_of(config, pretrained=str(published), output_dir=tmp_path / "again", **changes))
-    assert "lacks 2 tensors, which start afresh: head.weight, head.bias" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(CheckpointError, match=r"tells 12 classes apart, and .* holds 3"):
+    assert "lacks 2 tensors, which are newly initialised: head.weight, head.bias" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    with pytest.raises(CheckpointError, match=r"has 12 classes, and .* has 3"):
         evaluate_checkpoint(TASK, settings_of(config, output_dir=tmp_path / "e", **changes))
 
 
 def test_positions_follow_the_size_of_images(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = compress(TASK, settings_of(config, image_size=48, drop_path=0.3, dropout=0.2, output_dir=tmp_path))
     assert results is not None
-    assert "Positions are resized from 32 to 48 pixels" in " ".join(capsys.readouterr().out.split())
+    assert "position embeddings are resized from 32 to 48 pixels" in " ".join(capsys.readouterr().out.split())
     model: Any = upop.load(tmp_path / "last")
     assert model.pos_embed.shape[1] == 1 + 36
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
@@ -262,9 +264,9 @@ def test_flags_of_the_average(config: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (["--opt", "sgd"], "--opt sgd was asked for, and only adamw"),
         (["--data-set", "INAT"], "--data-set INAT was asked for"),
-        (["--eval"], "none was given there"),
-        (["--eval", "--resume", "must"], "none was given there"),
-        (["--resume", "x.pth"], "--resume x.pth was given without --eval"),
+        (["--eval"], "none was given"),
+        (["--eval", "--resume", "must"], "none was given"),
+        (["--resume", "x.pth"], "--resume x.pth names a checkpoint to evaluate"),
         (["--finetune", "x", "--resume", "must"], "holds no checkpoint"),
         (["--mixup-mode", "all"], "mixup_mode"),
     ],
@@ -279,7 +281,7 @@ def test_flags_that_do_not_go_together(config: Path, words: list[str], said: str
     ("changes", "error", "said"),
     [
         ({"batch_size_train": 15}, SettingError, r"batch_size_train is 15, and it is odd.*such as 14"),
-        ({"classes": 5}, DataError, r"train/green-triangle has label 5, .* know 5 classes"),
+        ({"classes": 5}, DataError, r"train/green-triangle has label 5, .* classes=5 is set"),
         ({"architecture": "deit_smal_patch16_224", "pretrained": None}, SettingError, "did you mean 'deit_small"),
         ({"auto_augment": "randy"}, SettingError, "auto_augment='randy'"),
         ({"data_path": Path("nowhere")}, DataError, "nowhere/train cannot be read"),
@@ -298,7 +300,7 @@ def test_a_small_set_that_is_one_odd_batch(config: Path, few: Path, tmp_path: Pa
     images = sorted((few / "train").rglob("*.png"))
     for path in images[: 1 - len(images) % 2]:
         path.unlink()
-    with pytest.raises(SettingError, match="training images are one batch: mixup and cutmix take images in pairs"):
+    with pytest.raises(SettingError, match="training images are one batch: mixup and cutmix need pairs of images"):
         train(TASK, settings_of(config, data_path=few, output_dir=tmp_path))
     settings = settings_of(config, data_path=few, output_dir=tmp_path / "unmixed", **UNMIXED)
     assert train(TASK, settings) is not None

@@ -124,8 +124,11 @@ def test_what_is_given_beats_what_the_checkpoint_says_and_is_told(tmp_path: Path
     found, notes = resolve("retrieval-clip", folder, image_size=48, resize="squash", tokenizer=str(folder))
     assert (found.image_size, found.resize) == (48, "squash")
     described = "\n".join(notes)
-    assert f"image_size=48 was given, and {folder} says 32: the model's positions are resized." in described
-    assert f"resize=squash was given, and {folder} says crop: what was given is used." in described
+    assert (
+        f"image_size=48 was given, and replaces 32 of {folder}; the model's position embeddings are resized."
+        in described
+    )
+    assert f"resize=squash was given, and replaces crop of {folder}." in described
     assert "tokenizer" not in described
     model = find_task("retrieval-clip").load(folder, found)
     assert model.config.image_size == 48
@@ -172,12 +175,12 @@ def test_blip_of_transformers(tmp_path: Path) -> None:
     assert (model.config.image_size, model.config.vocab_size) == (48, 22)
     other = bert(tmp_path / "other", words=19)
     assert len(other) == 19
-    with pytest.raises(SettingError, match=r"The model has 22 words, and the tokenizer .*other' 21"):
+    with pytest.raises(SettingError, match=r"The model's vocabulary has 22 words, and the tokenizer .*other' has 21"):
         find_task("caption").load(folder, resolve("caption", folder, tokenizer=str(tmp_path / "other"))[0])
     bert(tmp_path / "words", words=20)
     (tmp_path / "words" / "vocab.txt").write_text((tmp_path / "words" / "vocab.txt").read_text().replace("word3", "x"))
     _, notes = resolve("caption", folder, tokenizer=str(tmp_path / "words"))
-    assert any("another one, which is not used" in note for note in notes)
+    assert any("replaces the one of" in note for note in notes)
 
 
 def vit_folder(folder: Path) -> Path:
@@ -310,7 +313,7 @@ def test_a_published_file_says_its_size_by_its_positions(tmp_path: Path) -> None
     assert found.image_size == 32
     found, notes = resolve("nlvr", path, image_size=64)
     assert found.image_size == 64
-    assert any("positions are resized" in note for note in notes)
+    assert any("position embeddings are resized" in note for note in notes)
 
 
 @pytest.mark.slow
@@ -331,7 +334,7 @@ def test_settings_in_a_checkpoint_are_checked(tmp_path: Path) -> None:
     described = json.loads(file.read_text())
     for wrong in ({"mean": [1, 2]}, {"std": [0, 1, 1]}, {"interpolation": "cubist"}, {"crop_ratio": 7}, {"resize": {}}):
         file.write_text(json.dumps({**described, "preparation": {"task": "nlvr", **wrong}}))
-        with pytest.raises(CheckpointError, match=f"What .* says of its inputs cannot be used:\n  {next(iter(wrong))}"):
+        with pytest.raises(CheckpointError, match=f"The input preparation in .* is not valid:\n  {next(iter(wrong))}"):
             resolve("nlvr", file.parent)
     file.write_text(
         json.dumps({**described, "preparation": {"task": "nlvr", "output_dir": "/", "ratio": 0.9, "no": 1}})

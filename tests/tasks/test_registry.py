@@ -112,7 +112,7 @@ def test_upops_own_names_are_taken_and_unknown_ones_are_named(monkeypatch: pytes
     class Nlvr(ParityTask):
         name: ClassVar[str] = "nlvr"
 
-    with pytest.raises(SettingError, match="upop's own"):
+    with pytest.raises(SettingError, match="of its own"):
         register(Nlvr())
     with pytest.raises(SettingError, match="dual-encoder"):
         find_task("dual_encoder")

@@ -175,7 +175,7 @@ def test_a_list_that_misses_some_training_answers_says_how_many(config: Path, tm
     for sample in samples(settings, "vg_qa"):
         weight[sample["answer"]] = weight.get(sample["answer"], 0) + 0.2
     share = 100 * (1 - (weight["yes"] + weight["no"]) / sum(weight.values()))
-    said = rf"{len(weight) - 2} of the {len(weight)} different training answers \({share:.1f} % of all by weight\)"
+    said = rf"{len(weight) - 2} of the {len(weight)} different training answers \({share:.1f} % by weight\)"
     with pytest.warns(UserWarning, match=said):
         TASK.dataset(settings, "train")
 

@@ -60,7 +60,7 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
     kill_after_steps(launcher, tmp_path / "two", rank=1, rows=3)
     described = finish(launcher)
     assert re.search(r"failed \(exitcode: -9\) local_rank: 1", described)
-    assert re.search(r"goes on after step \d+", described)
+    assert re.search(r"resumed after step \d+", described)
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 

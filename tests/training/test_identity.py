@@ -83,10 +83,10 @@ def _other_word(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "described"),
     [
-        (_other_weight, ["pretrained: the files that it names have another content"]),
+        (_other_weight, ["pretrained: the content of its files has changed"]),
         (_other_label, ["the train data: the annotation file nlvr_train.json has another content"]),
         (_other_pixels, ["data: images have"]),
-        (_other_word, ["tokenizer: the files that it names have another content"]),
+        (_other_word, ["tokenizer: the content of its files has changed"]),
         (lambda folder: (_other_weight(folder), _other_label(folder)), ["pretrained: ", "nlvr_train.json"]),
     ],
     ids=["weights", "labels", "pixels", "words", "both"],
@@ -97,7 +97,7 @@ def test_what_is_different_is_named_and_refused(
     change(copied)
     before = (copied / "run" / "versions.json").read_bytes()
     with pytest.raises(
-        SettingError, match=r"cannot be resumed as if nothing had changed(.|\n)*--allow-changes"
+        SettingError, match=r"cannot be resumed, because its inputs have changed(.|\n)*--allow-changes"
     ) as caught:
         go_on(copied)
     lines = str(caught.value).splitlines()[1:-1]

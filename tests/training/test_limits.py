@@ -123,7 +123,7 @@ def finish(verb: str, config: Path, folder: Path, described: Path) -> None:
     process = start(verb, config, folder, described, "--resume")
     process.join(300)
     assert process.exitcode == 0, described.read_text()
-    assert "goes on after step" in described.read_text()
+    assert "resumed after step" in described.read_text()
     no_leftovers(folder)
 
 

@@ -134,7 +134,7 @@ def test_a_run_that_did_not_fit_goes_on_with_smaller_batches(config: Path, tmp_p
 
 def test_a_worker_ended_by_the_system_is_told_apart() -> None:
     with (
-        pytest.raises(OutOfMemoryError, match=r"lower num_workers \(now 3\)"),
+        pytest.raises(OutOfMemoryError, match=r"Lower num_workers \(now 3\)"),
         explained_memory(RunSettings(num_workers=3), torch.device("cpu")),
     ):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -209,7 +209,7 @@ def test_a_model_that_is_shared_out_needs_a_number(config: Path) -> None:
     loader, accelerator = make_loader(task, settings, "train"), make_accelerator(settings)
     model = task.load(Path(str(settings.pretrained)), settings)
     sharded = settings.model_copy(update={"sharding": "fsdp"})
-    with pytest.raises(SettingError, match=r"shares it out over several\. Give a number"):
+    with pytest.raises(SettingError, match=r"distributes it over several\. Give a number"):
         find_batch_size(accelerator, task, sharded, model, loader)
 
 

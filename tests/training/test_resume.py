@@ -240,7 +240,7 @@ def test_only_the_newest_checkpoints_are_kept(nlvr: tuple[Path, dict[str, Any]])
     assert names == ["step-00000014.pt", "step-00000015.pt", "step-00000016.pt"]
 
 
-@pytest.mark.filterwarnings("ignore:.*It is passed over")
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
 def test_a_damaged_checkpoint_is_passed_over(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     config, expected = nlvr
     ended_run(config, tmp_path / "run")
@@ -250,7 +250,9 @@ def test_a_damaged_checkpoint_is_passed_over(nlvr: tuple[Path, dict[str, Any]], 
     assert_same(outcome(tmp_path / "run"), expected)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.write_bytes(b"no checkpoint")
-    with pytest.raises(CheckpointError, match=r"(?s)No checkpoint of the run can be read.*Remove .*checkpoints"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)The run cannot be resumed, because none of its checkpoints.*Remove .*checkpoints"
+    ):
         compress(*runs.nlvr(config, output_dir=tmp_path / "run", resume="auto"))
 
 
@@ -271,7 +273,7 @@ def test_rows_that_were_lost_are_told_and_done_without(
         metrics.unlink()
         (folder / "settings.yaml").unlink()
         (folder / "versions.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"rows of steps before it are lost"):
+    with pytest.warns(UserWarning, match=r"rows of earlier steps are lost"):
         compress(*runs.nlvr(config, output_dir=folder, resume="must"))
     found = outcome(folder)
     assert_same({**found, "rows": []}, {**expected, "rows": []})
@@ -283,16 +285,16 @@ def test_rows_that_were_lost_are_told_and_done_without(
 def test_what_cannot_be_resumed_says_why(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     config, _ = nlvr
     folder = tmp_path / "run"
-    with pytest.raises(CheckpointError, match=r"--resume was asked for, and .*run holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"--resume was given, but .*run holds no checkpoint"):
         compress(*runs.nlvr(config, output_dir=folder, resume="must"))
     process = start("nlvr", config, folder, kill_at=40)
     process.join()
-    with pytest.raises(RunFolderError, match=r"(?s)holds a run that has not ended.*--resume"):
+    with pytest.raises(RunFolderError, match=r"(?s)holds an unfinished run.*--resume"):
         compress(*runs.nlvr(config, output_dir=folder))
     with pytest.raises(SettingError, match=r"init_lr was 0.001 and is 0.002") as caught:
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", init_lr=0.002, ratio=0.75))
     assert "ratio was 0.5 and is 0.75" in str(caught.value)
-    with pytest.raises(SettingError, match=r"a step took 16 samples .* takes 8"):
+    with pytest.raises(SettingError, match=r"a step had 16 samples .* has 8"):
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", batch_size_train=8))
 
 
@@ -307,7 +309,7 @@ def test_a_compression_that_an_earlier_version_began_is_refused(
     content = found[1]
     content["notes"] |= {"plan": content.pop("compression")["plan"]}
     checkpoints.write(content["place"]["steps"], {**content, "pruner": None})
-    with pytest.raises(CheckpointError, match=r"begun by an earlier upop.*another --output-dir"):
+    with pytest.raises(CheckpointError, match=r"started by an earlier version of upop.*another --output-dir"):
         compress(*runs.nlvr(config, output_dir=folder, resume="must"))
 
 

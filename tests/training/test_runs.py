@@ -336,7 +336,7 @@ def test_errors_come_before_long_work(config: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="cannot be reached"):
         compress(*runs.nlvr(config, output_dir=tmp_path, ratio=0.99))
     assert not runs.rows(tmp_path)
-    with pytest.raises(SettingError, match="checkpoint to start from"):
+    with pytest.raises(SettingError, match="A checkpoint is needed"):
         compress(*runs.nlvr(config, output_dir=tmp_path, pretrained=None))
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="--device cuda"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from upop.errors import SettingError
-from upop.runs.schedules import Phases, check_epochs, compression_rates, falling, phases
+from upop.runs.schedules import Phases, check_epochs, compression_rates, decay, phases
 from upop.settings import RunSettings
 
 
@@ -59,7 +59,7 @@ def test_one_schedule_warms_up_and_falls_over_search_and_retraining(method: str,
     given = settings(method=method, schedule=schedule, search_lr=0.2)
     assert phases(given, 10).search == 0
     rates = [compression_rates(given, 1.0, 10)[1](step) for step in range(200)]
-    plain = falling(settings(schedule=schedule), 1.0, 20, 10)
+    plain = decay(settings(schedule=schedule), 1.0, 20, 10)
     assert rates[10:] == [pytest.approx(plain(step)) for step in range(10, 200)]
     assert rates[:10] == [pytest.approx(plain(step) * (step + 1) / 10) for step in range(10)]  # 5 % of 200 steps
 
@@ -86,7 +86,7 @@ def test_a_warm_up_that_is_given_takes_the_place_of_the_usual_one(given: dict[st
 
 
 def test_training_and_the_published_recipe_warm_up_only_where_they_are_told_to() -> None:
-    assert falling(settings(), 1.0, 10, 10)(0) == 1.0
+    assert decay(settings(), 1.0, 10, 10)(0) == 1.0
     assert compression_rates(settings(method="reference"), 1.0, 10)[1](0) == 1.0
     assert compression_rates(settings(method="reference", warmup_steps=4), 1.0, 10)[1](0) == 0.25
 

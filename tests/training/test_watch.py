@@ -44,7 +44,9 @@ def test_the_share_is_waiting_by_all_time_without_the_first_batches() -> None:
     described = work(watch, clock, [50.0] * 10 + [3.0] * 45, takes=1.0)
     assert watch.share == pytest.approx(0.75)
     (line,) = described
-    assert line.startswith("waiting for data took 75 % of the last 40 batches' time: raise num_workers (now 4; this ")
+    assert line.startswith(
+        "waiting for data took 75 % of the time of the last 40 batches: raise num_workers (now 4; this "
+    )
     assert line.endswith("machine has 16 cores), or use faster storage")
 
 

@@ -6,7 +6,7 @@ from upop.libraries import missing
 
 
 def main() -> None:
-    """Run `upop`; without the libraries of the command line, say how they are installed, with exit code 1."""
+    """Run `upop`; if libraries of the command line are missing, print how to install them, with exit code 1."""
     try:
         from upop.cli.app import main as run
     except ModuleNotFoundError as error:

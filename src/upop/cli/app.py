@@ -16,7 +16,7 @@ from upop import __version__
 from upop.cli.arguments import with_resume_value
 from upop.cli.help import Command, Group, InterruptedCommandError
 from upop.cli.later import Later, LaterGroup
-from upop.cli.misuse import say_misused
+from upop.cli.misuse import print_misuse
 from upop.cli.processes import place, recorded, wait_for_launcher
 from upop.plain import as_text, plain
 from upop.starting import INTERRUPTED, end_watch
@@ -25,7 +25,7 @@ from upop.starting import INTERRUPTED, end_watch
 class _Commands(LaterGroup):
     """The commands of upop: one line each, and a module that is imported on call."""
 
-    later = {  # noqa: RUF012 - nothing changes it
+    later = {  # noqa: RUF012 - never changed
         "check": Later(
             "upop.cli.check",
             "Check the data, the checkpoint and the tokenizer of a published run; exit code 1 if something is wrong",
@@ -33,44 +33,43 @@ class _Commands(LaterGroup):
         ),
         "demo": Later(
             "upop.cli.demo",
-            "Compress a small model that says whether sentences about two images are true, and show what it lost",
+            "Compress a small visual reasoning model, and compare it with the dense one",
             "upop demo --output-dir output/demo",
         ),
         "convert": Later(
             "upop.cli.convert",
-            "Write a BLIP, CLIP, DeiT or Segmenter model, dense or compressed, in another form; its outputs stay the "
-            "same",
+            "Convert a BLIP, CLIP, DeiT or Segmenter model, dense or compressed, to another format",
             "upop convert model_base_caption.pth blip-caption --to hugging-face",
         ),
         "export": Later(
             "upop.cli.export",
-            "Write a model, dense or compressed, for another runtime, checked to compute the same there",
+            "Export a model, dense or compressed, to another runtime, and verify its outputs there",
             "upop export output/caption-2x/best --out output/caption-2x/onnx",
         ),
         "inspect": Later(
             "upop.cli.inspect",
-            "Show a model's groups, parameters and GMACs per modality, what is covered, and preview a budget",
+            "Show a model's groups, parameters and GMACs per modality, its coverage, and preview a budget",
             "upop inspect deit_small_patch16_224 --ratio 0.5",
         ),
         "profile": Later(
             "upop.cli.profile",
-            "Measure what a model's layers take here, by kind and size, for --target latency=0.5 or latency=12ms",
+            "Measure the latency of a model's layers on this machine, for --target latency=0.5 or latency=12ms",
             "upop profile deit_small_patch16_224 --batch 16 --out profile.json",
         ),
         "prune": Later(
             "upop.cli.prune",
-            "Prune a model of transformers or open_clip without training, and show what it lost",
+            "Prune a model of transformers or open_clip without training, and evaluate it before and after",
             "upop prune HuggingFaceTB/SmolVLM-256M-Instruct --data chats.jsonl --ratio 0.25",
         ),
         "recipes": Later("upop.cli.recipes", "List every published run", "upop recipes"),
         "report": Later(
             "upop.cli.report",
-            "Write one HTML file of a run: results, what every layer keeps, curves, examples, settings",
+            "Write an HTML report of a run: results, kept channels, curves, examples, settings",
             "upop report output/caption-2x",
         ),
         "run": Later(
             "upop.cli.recipes",
-            "Start a published run, as published; `--method upop` is better",
+            "Start a published run, with the published search; `--method upop` is better",
             "upop run nlvr2-2x --dry-run",
         ),
         "train": Later(
@@ -80,7 +79,7 @@ class _Commands(LaterGroup):
         ),
         "compress": Later(
             "upop.cli.tasks",
-            "Search, shrink, retrain and evaluate",
+            "Compress a dense model: search, cut, retrain and evaluate",
             "upop compress nlvr --config configs/nlvr.yaml --ratio 0.75 --epochs 46 --output-dir output/4x",
         ),
         "evaluate": Later(
@@ -117,7 +116,7 @@ class ShapesTask(StrEnum):
 
 
 class ImageFormat(StrEnum):
-    """How generated images are written."""
+    """File format of generated images."""
 
     png = "png"
     jpeg = "jpeg"
@@ -135,9 +134,9 @@ def _version(asked: bool) -> None:
 def shapes(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or hold the same set.")],
     task: Annotated[
-        ShapesTask, typer.Option(metavar="TASK", help=f"Whose files to write: {', '.join(ShapesTask)}.")
+        ShapesTask, typer.Option(metavar="TASK", help=f"Task of the data: {', '.join(ShapesTask)}.")
     ] = ShapesTask.nlvr,
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
     size: Annotated[int, typer.Option(help="Training samples; other splits have a tenth, at most 1000.")] = 20000,
     image_size: Annotated[int, typer.Option("--image-size", "--image_size", help="Side in pixels.")] = 64,
     image_format: Annotated[
@@ -160,14 +159,13 @@ def _global(
 
 
 def main(command: typer.Typer = app) -> None:
-    """Run a command; an error of ours ends it with a message and exit code 1, without a traceback.
+    """Run a command; a `UPopError` ends it with a message and exit code 1, without a traceback.
 
-    An invalid command line exits with 2, a run that was stopped and can be resumed with 75, and a command interrupted
-    by Ctrl-C with 130.
+    An invalid command line exits with 2, a run that was stopped and can be resumed with 75, and Ctrl-C with 130.
     """
     end_watch()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks is written out
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = with_resume_value(sys.argv[1:])
     format_as_before, warnings.formatwarning = warnings.formatwarning, _warning
@@ -178,7 +176,7 @@ def main(command: typer.Typer = app) -> None:
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
-        sys.exit(say_misused(error))
+        sys.exit(print_misuse(error))
     except (InterruptedCommandError, KeyboardInterrupt) as error:
         print(plain(str(error) or "Interrupted (Ctrl-C)."), file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -202,9 +200,9 @@ def _failed(error: Exception) -> int:
         return PreemptedError.exit_code if isinstance(error, PreemptedError) else 1
     if not isinstance(error, OSError):
         raise error
-    # A disk that is full or gone, a name that no file can have, a place without permission.
-    if isinstance(error, BrokenPipeError):  # what the output was piped to has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tells of it as it exits
+    # A full or missing disk, an invalid file name, or missing permissions.
+    if isinstance(error, BrokenPipeError):  # the reader of the pipe has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints an error at exit
         return 1
     _notify(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     return 1
@@ -226,6 +224,6 @@ def _warning(
 
 
 def _message(error: Exception) -> str:
-    # A worker process sends its error with a traceback around it; a person needs the error alone.
+    # An error from a worker process contains its traceback; only the message is printed.
     text = str(error)
     return text.rpartition(f"{type(error).__name__}: ")[2].strip() if text.startswith("Caught ") else text.strip()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def with_resume_value(arguments: Sequence[str]) -> list[str]:
-    """Return command-line arguments with the value that a `--resume` without one stands for."""
+    """Return command-line arguments with `must` after a `--resume` without a value."""
     completed = []
     for place, argument in enumerate(arguments):
         completed.append(argument)

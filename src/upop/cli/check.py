@@ -18,13 +18,13 @@ from upop.plain import as_text
 from upop.published_data import published_data
 from upop.recipes import RECIPES, find_recipe
 from upop.runs.check import Finding
-from upop.runs.check import check as look
+from upop.runs.check import check as check_run
 from upop.tasks import find_task
 
 _STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
 
 
-def _how_many(text: str) -> int | None:
+def _count(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isascii() or not text.isdigit():
@@ -36,11 +36,12 @@ def check(
     context: typer.Context,
     name: RecipeName,
     only_evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="What an evaluation of the published compressed checkpoint needs.")
+        bool,
+        typer.Option("--evaluate", help="Check the needs of an evaluation of the published compressed checkpoint."),
     ] = False,
-    decode: Annotated[str, typer.Option(help="How many images of every split to decode, or all.")] = "64",
-    any_count: Annotated[bool, typer.Option("--any-count", help="Other numbers of samples are right, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    decode: Annotated[str, typer.Option(help="Number of images of every split to decode, or all.")] = "64",
+    any_count: Annotated[bool, typer.Option("--any-count", help="Accept any number of samples.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     pretrained: o.Pretrained = None,
     allow_outside: o.AllowOutside = None,
     file: File = RECIPES,
@@ -49,7 +50,7 @@ def check(
     """Check the data, the checkpoint and the tokenizer of a published run; exit code 1 if something is wrong."""
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
-    count = _how_many(decode)
+    count = _count(decode)
     settings = settings_of(context, recipe, assign, evaluate=only_evaluate)
     counts = None if any_count else published_data(recipe.task, settings)
     findings: list[Finding] = []
@@ -60,7 +61,7 @@ def check(
         def advance(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        findings += look(task, settings, counts, decoded=count, evaluate=only_evaluate, advance=advance)
+        findings += check_run(task, settings, counts, decoded=count, evaluate=only_evaluate, advance=advance)
     if as_json:
         print(json.dumps({"run": name, "findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
@@ -71,7 +72,7 @@ def check(
 
 def _table(name: str, findings: list[Finding]) -> Table:
     table = Table(title=f"What {name} needs", title_justify="left", show_lines=True)
-    for heading in ("part", "is", "found"):
+    for heading in ("part", "state", "found"):
         table.add_column(heading)
     for finding in findings:
         table.add_row(as_text(finding.part), as_text(finding.state, _STYLES[finding.state]), as_text(finding.message))

@@ -22,7 +22,7 @@ from upop.pruning import count_parameters
 
 
 class Form(StrEnum):
-    """The output form of a model."""
+    """Output format of a model."""
 
     official = "official"
     upop = "upop"
@@ -37,27 +37,27 @@ def convert(
     target: Annotated[Path, typer.Argument(help="File (.pth) or folder to write; an older one of upop is replaced.")],
     to: Annotated[
         Form | None,
-        typer.Option(help="What to write. [default: official for a .pth, else upop]"),
+        typer.Option(help="Format to write. [default: official for a .pth, else upop]"),
     ] = None,
     task: o.TaskOfFile = None,
     vocabulary: Annotated[
         Path | None,
-        typer.Option(help="Texts, one in a line, or a JSON list of token numbers: all other words are dropped."),
+        typer.Option(help="Texts, one per line, or a JSON list of token ids: all other words are removed."),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Of the model, for --vocabulary: a folder, or a name on the hub. [default: the source's]"),
+        typer.Option(help="Tokenizer for --vocabulary: a folder, or a name on the hub. [default: the source's]"),
     ] = None,
     overwrite: o.Overwrite = False,
     assign: o.Set = None,
 ) -> None:
-    """Write a BLIP, CLIP, DeiT or Segmenter model, dense or compressed, in another form; its outputs stay the same.
+    """Convert a BLIP, CLIP, DeiT or Segmenter model, dense or compressed, to another format.
 
-    With `--vocabulary`, a BLIP model or one of transformers loses the words that a task never uses, and is written
-    with its smaller tokenizer.
+    The outputs stay the same. With `--vocabulary`, a model of BLIP or transformers loses the words that a task never
+    uses, and is written with its smaller tokenizer.
 
-    `--set vision_heads=6` and the like say what the shapes in a published file do not tell: numbers of heads, and MLP
-    widths before pruning, where they are not the published ones.
+    The shapes in a published file do not determine numbers of heads, and MLP widths before pruning: if they are not the
+    published ones, set them, as in `--set vision_heads=6`.
     """
     if vocabulary is not None:
         _with_fewer_words(source, target, vocabulary, tokenizer, to, task, assign, overwrite)
@@ -71,8 +71,8 @@ def convert(
     console.print(as_text(f"{source} -> {target}: {type(model).__name__}, {size}"))
     if form is Form.hugging_face:
         console.print(
-            "Load it with from_pretrained, after `import upop` if it is compressed. Tokenizer and processor are "
-            "no part of it: save them into the same folder."
+            "Load it with from_pretrained, after `import upop` if it is compressed. Save tokenizer and processor to "
+            "the same folder: they are not part of the model."
         )
 
 

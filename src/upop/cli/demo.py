@@ -1,4 +1,4 @@
-"""`upop demo`: the whole workflow on generated images, in a few minutes."""
+"""`upop demo`: the whole workflow on generated images, in minutes."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def demo(
     target: o.Target = None,
     p: o.OldRatio = None,
 ) -> None:
-    """Compress a small model that says whether sentences about two images are true, and show what it lost.
+    """Compress a small visual reasoning model, and compare it with the dense one.
 
-    Generates the images, then compresses the dense model that the package carries in two ways that take
-    equally many training steps: by the method, and by one cut of the smallest weights.
+    The demo generates images with true and false sentences. It then compresses the dense model in the package twice,
+    with equally many training steps: with the default method, and with one cut by weight magnitude.
     """
     assert output_dir is not None
     console = Console()
@@ -54,12 +54,12 @@ def demo(
     folder.check()
     page, table = folder.claim(PAGE), folder.claim("results.json")
     task = find_task(_TASK)
-    # On few cores the threads of so small a model only wait for the processes that decode the images.
-    asked = o.overrides({"ratio": ratio if p is None else p, "target": target, "device": device})
-    # Whether they can be used is known before any image is drawn.
-    checked = read_settings(task.settings, CONFIG, asked, {name: f"from --{name}" for name in asked})
+    given = o.overrides({"ratio": ratio if p is None else p, "target": target, "device": device})
+    # Settings and device are checked before any image is drawn.
+    checked = read_settings(task.settings, CONFIG, given, {name: f"from --{name}" for name in given})
     make_accelerator(checked)
     workers = checked.num_workers
+    # On few cores, more threads of so small a model would only wait for the workers.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
     data = write_with_progress(_TASK, output_dir / "data", seed=_SEED, size=_SIZE)
     shared: dict[str, Any] = {
@@ -67,15 +67,15 @@ def demo(
         "ann_root": data.annotation,
         "tokenizer": str(data.tokenizer),
         "pretrained": str(DENSE),
-        **asked,
+        **given,
     }
     models: dict[str, tuple[nn.Module, Metrics]] = {}
     for method in _METHODS:
         run = output_dir / method
-        # A demo that was interrupted goes on; one that ended is shown again from the start.
-        given = {**shared, "method": method, "output_dir": run}
-        given["resume"] = "no" if (run / "results.json").exists() else "auto"
-        settings = read_settings(task.settings, CONFIG, o.overrides(given))
+        # An interrupted demo is resumed; a finished one starts again.
+        values = {**shared, "method": method, "output_dir": run}
+        values["resume"] = "no" if (run / "results.json").exists() else "auto"
+        settings = read_settings(task.settings, CONFIG, o.overrides(values))
         console.rule(as_text(f"{method_name(settings)} -> {run}"))
         results = compress(task, settings)
         if results is None:
@@ -84,7 +84,7 @@ def demo(
         models.setdefault("dense", (load(DENSE), measured["dense"]))
         name = results.models[-1].name
         models[name] = (load(run / "best"), measured[name])
-    console.rule("together")
+    console.rule("comparison")
     together = measure(task, models, torch.device("cpu"), settings.latency_batch)
     together.write_json(table, overwrite=True)
     shown = {name: model for name, (model, _) in models.items()}
@@ -92,18 +92,18 @@ def demo(
     console.print(answers_table(write_examples(task, shown, samples, settings, "test", output_dir / "examples")))
     console.print(results_table(together))
     write_comparison_page([read_run(output_dir / method) for method in _METHODS], page, overwrite=True)
-    console.print(as_text(f"What was kept, how it went and what is answered, as a page for a browser: {page}"))
-    console.print(as_text(f"The compressed model: {output_dir}/upop/best, for upop.load or upop evaluate"))
+    console.print(as_text(f"HTML report with kept channels, curves and examples: {page}"))
+    console.print(as_text(f"Compressed model, for upop.load or upop evaluate: {output_dir}/upop/best"))
 
 
 def answers_table(examples: Examples) -> Table:
-    """Return a table of sentences, their truth, and the answers of every model; wrong ones are red."""
+    """Return a table of sentences, truth values and the answers of every model; wrong ones are red."""
     models = list(examples.samples[0].answers)
     table = Table("sentence", "true?", title="Some test sentences, before and after", title_justify="left")
     for model in models:
         table.add_column(as_text(model))
     for sample in examples.samples:
-        said = (as_text(answer.text or "", "" if answer.right else "red") for answer in sample.answers.values())
+        answers = (as_text(answer.text or "", "" if answer.right else "red") for answer in sample.answers.values())
         truth = sample.truth.text if sample.truth is not None else None
-        table.add_row(as_text(sample.prompt or ""), as_text(truth or ""), *said)
+        table.add_row(as_text(sample.prompt or ""), as_text(truth or ""), *answers)
     return table

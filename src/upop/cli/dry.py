@@ -1,4 +1,4 @@
-"""What a command would do, for `--dry-run`: settings as resolved, steps, what is needed, and memory."""
+"""`--dry-run`: prints what a command would do: resolved settings, steps, required files, and memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Verb = Literal["train", "compress", "evaluate"]
 
 
 def explain(task: Task[Any], settings: RunSettings, verb: Verb, *, before: str = "", paper: str = "") -> None:
-    """Print what a command would do, and whether what it needs is there.
+    """Print what a command would do, and whether the files that it needs exist.
 
     Args:
         task: of the command.
         settings: as resolved.
-        verb: what is done.
-        before: text that comes first.
-        paper: the result that was published, if there is one.
+        verb: of the command.
+        before: text to print first.
+        paper: the published result, if any.
     """
     console = Console(soft_wrap=True, highlight=False)
     if before:
@@ -33,11 +33,11 @@ def explain(task: Task[Any], settings: RunSettings, verb: Verb, *, before: str =
     console.print(as_text(f"Settings as resolved:\n{settings.to_yaml()}"))
     if verb != "evaluate":
         console.print(as_text(f"Steps: {_steps(task, settings, verb)}; evaluate.\n"))
-    console.print("What it needs:")
+    console.print("Required files:")
     pretrained = None if settings.pretrained is None else str(settings.pretrained)
     fetched = pretrained is not None and _is_fetched(pretrained)
     if fetched:
-        console.print(as_text(f"  fetched  {pretrained}"))
+        console.print(as_text(f"  remote   {pretrained}"))
     tokenizer = [Path(settings.tokenizer)] if isinstance(settings, LanguageSettings) else []
     model = [] if fetched or pretrained is None else [Path(pretrained)]
     for path in dict.fromkeys([*model, *settings.data_folders.values(), *tokenizer]):
@@ -47,9 +47,9 @@ def explain(task: Task[Any], settings: RunSettings, verb: Verb, *, before: str =
             for note in getattr(task.dataset(settings, split), "notes", ()):
                 console.print(as_text(f"  {note}"))
     except UPopError as error:
-        console.print(as_text(f"The data cannot be used yet: {error}"))
+        console.print(as_text(f"The data are not usable yet: {error}"))
     else:
-        console.print("The data can be read.")
+        console.print("The data are readable.")
         if verb != "evaluate" and isinstance(settings, RowSettings):
             console.print(as_text(_memory(task, settings)))
     if paper:
@@ -66,7 +66,7 @@ def _memory(task: Task[Any], settings: RowSettings) -> str:
     try:
         return f"\nMemory:\n{estimate(task, settings).described()}"
     except UPopError as error:
-        return f"How much memory it takes cannot be told: {error}"
+        return f"The memory cannot be estimated: {error}"
 
 
 def _steps(task: Task[Any], settings: RunSettings, verb: Verb) -> str:
@@ -77,21 +77,21 @@ def _steps(task: Task[Any], settings: RunSettings, verb: Verb) -> str:
 
 
 def _cutting(settings: RunSettings) -> str:
-    """Return how the method of a run takes a share of the cost away, and what it does with its epochs."""
+    """Return how the method of a run removes a share of the cost, and how it uses its epochs."""
     share, epochs = f"{100 * settings.ratio:g} % of the cost", settings.all_epochs
     if settings.target is not None:
-        share = f"what is beyond {settings.target}"
+        share = f"down to {settings.target}"
     if settings.method == "magnitude":
-        return f"cut the smallest weights, {share}; retrain for {epochs} epochs"
+        return f"cut by weight magnitude, {share}; retrain for {epochs} epochs"
     if settings.method == "one-shot":
         samples = f"{settings.samples} samples" if isinstance(settings, RowSettings) else "some samples"
-        return f"cut by the first-order terms of {samples}, {share}; retrain for {epochs} epochs"
+        return f"cut by first-order importance on {samples}, {share}; retrain for {epochs} epochs"
     if settings.method == "reference":
         return (
-            f"search for {settings.searching_epochs} epochs at a constant learning rate, masking up to {share}; cut; "
+            f"search for {settings.searching_epochs} epochs at a constant learning rate, masking {share}; cut; "
             f"retrain for {settings.retraining_epochs} epochs"
         )
     return (
-        f"search in the first {100 * settings.search_share:g} % of {epochs} epochs, masking {share} stage by stage; "
-        "cut; go on training, under one learning rate schedule"
+        f"search in the first {100 * settings.search_share:g} % of {epochs} epochs, masking {share} in stages; "
+        "cut; train on, with one learning rate schedule"
     )

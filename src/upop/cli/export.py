@@ -1,4 +1,4 @@
-"""`upop export`: a model for other runtimes."""
+"""`upop export`: writes a model for other runtimes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a command line asks of a target, beside the model."""
+class ExportOptions:
+    """The options of an export, besides the model."""
 
     out: Path
     overwrite: bool = False
@@ -37,52 +37,53 @@ class Asked:
 
 @dataclass(frozen=True)
 class Target:
-    """Something that a model can be written as.
+    """A format that models are exported to.
 
     Attributes:
-        summary: what the help says of it.
+        summary: its description in the help.
         write: writes a model.
-        check: refuses, before a model is read, what the target does not take: its source, --cache or --quantize.
-        kind: of the folder, as `upop.files` knows it.
-        own: whether a model of transformers that stands for one of upop's own is read as that.
+        check: raises an error for a source, --cache or --quantize that the target does not support, before the model
+            is read.
+        kind: of the folder, for `upop.files`.
+        own: whether to read a BLIP or CLIP model of transformers as upop's own class.
     """
 
     summary: str
-    write: Callable[[nn.Module, Asked], None]
+    write: Callable[[nn.Module, ExportOptions], None]
     check: Callable[[str, bool, str | None], None]
     kind: Kind = "graphs"
     own: bool = True
 
 
-def _graphs(format: Any) -> Callable[[nn.Module, Asked], None]:
-    def write(model: nn.Module, asked: Asked) -> None:
+def _graphs(format: Any) -> Callable[[nn.Module, ExportOptions], None]:
+    def write(model: nn.Module, options: ExportOptions) -> None:
         from upop.checkpoints.export import export as export_model
 
         export_model(
             model,
-            asked.out,
+            options.out,
             format,
-            cache=asked.cache,
-            quantize=asked.quantize,
-            samples=asked.samples,
-            overwrite=asked.overwrite,
+            cache=options.cache,
+            quantize=options.quantize,
+            samples=options.samples,
+            overwrite=options.overwrite,
         )
-        _notify(asked.out)
+        _notify(options.out)
 
     return write
 
 
-def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
-    def write(model: nn.Module, asked: Asked) -> None:
+def _without_upop(format: Any) -> Callable[[nn.Module, ExportOptions], None]:
+    def write(model: nn.Module, options: ExportOptions) -> None:
         from upop.checkpoints.export.plain_models import write_plain
 
-        described = write_plain(model, asked.out, format, beside=asked.source, overwrite=asked.overwrite)
-        Console(soft_wrap=True, highlight=False).print(as_text(f"{asked.out}: {described}"))
+        note = write_plain(model, options.out, format, beside=options.source, overwrite=options.overwrite)
+        Console(soft_wrap=True, highlight=False).print(as_text(f"{options.out}: {note}"))
 
     return write
 
 
-def _graphs_take(format: str) -> Callable[[str, bool, str | None], None]:
+def _check_graphs(format: str) -> Callable[[str, bool, str | None], None]:
     def check(source: str, cache: bool, quantize: str | None) -> None:
         del source, cache
         from upop.checkpoints.export.graph_files import check_quantize
@@ -92,18 +93,18 @@ def _graphs_take(format: str) -> Callable[[str, bool, str | None], None]:
     return check
 
 
-def _models_take(format: str) -> Callable[[str, bool, str | None], None]:
+def _check_models(format: str) -> Callable[[str, bool, str | None], None]:
     def check(source: str, cache: bool, quantize: str | None) -> None:
         if quantize is not None or cache:
             flag = "--cache is for graphs" if quantize is None else "--quantize is for --to onnx and --to openvino"
             raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
         if format == "nemotron-nas" and not is_timm_name(source):
-            _has_layers_of_llama(open_checkpoint(source))
+            _check_llama_layers(open_checkpoint(source))
 
     return check
 
 
-def _has_layers_of_llama(checkpoint: Checkpoint) -> None:
+def _check_llama_layers(checkpoint: Checkpoint) -> None:
     if checkpoint.library != "transformers":
         return
     from upop.checkpoints.export.nemotron_nas import refuse_others
@@ -113,25 +114,25 @@ def _has_layers_of_llama(checkpoint: Checkpoint) -> None:
 
 
 TARGETS: Mapping[str, Target] = {
-    "onnx": Target("ONNX files, for onnxruntime and others", _graphs("onnx"), _graphs_take("onnx")),
-    "openvino": Target("OpenVINO's files", _graphs("openvino"), _graphs_take("openvino")),
-    "torch-export": Target("programs of torch.export", _graphs("torch-export"), _graphs_take("torch-export")),
+    "onnx": Target("ONNX files, for onnxruntime and others", _graphs("onnx"), _check_graphs("onnx")),
+    "openvino": Target("OpenVINO's files", _graphs("openvino"), _check_graphs("openvino")),
+    "torch-export": Target("programs of torch.export", _graphs("torch-export"), _check_graphs("torch-export")),
     "padded": Target(
         "an ordinary model, with zeros up to the widest layer",
         _without_upop("padded"),
-        _models_take("padded"),
+        _check_models("padded"),
         "model",
         False,
     ),
     "nemotron-nas": Target(
         "a decoder for vLLM, llama.cpp, MLX, layer by layer",
         _without_upop("nemotron-nas"),
-        _models_take("nemotron-nas"),
+        _check_models("nemotron-nas"),
         "model",
         False,
     ),
 }
-"""What `--to` takes. A new target is a line here, and a function that writes a model."""
+"""The values of `--to`. A new target is a line here and a function that writes a model."""
 
 
 def _target(name: str) -> str:
@@ -155,50 +156,49 @@ def export(
             "--format",
             parser=_target,
             metavar="<target>",
-            help=f"What to write: {'; '.join(f'{name}: {each.summary}' for name, each in TARGETS.items())}.",
+            help=f"Format to write: {'; '.join(f'{name}: {each.summary}' for name, each in TARGETS.items())}.",
             autocompletion=o.starting_with(lambda: TARGETS),
         ),
     ] = "onnx",
     cache: Annotated[
-        bool, typer.Option("--cache", help="Of a decoder that generates: keys and values go in and come out.")
+        bool, typer.Option("--cache", help="Make keys and values inputs and outputs of a generative decoder.")
     ] = False,
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="int8", help="Whole numbers in linear layers (onnx, openvino)."),
+        typer.Option(metavar="int8", help="Quantize weights and inputs of linear layers (onnx, openvino)."),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            help="With --quantize and --config: measure ranges on so many training samples, not as inputs come."
+            help="With --quantize and --config: calibrate ranges on this many training samples of the task, instead of "
+            "dynamic quantization."
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the task's settings, for --samples.")] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            help="Whose model a published file holds, told by its tensors if not given; and of which --samples are."
-        ),
+        typer.Option(help="Task of a published checkpoint file, and of --samples. [default: derived from the tensors]"),
     ] = None,
     overwrite: o.Overwrite = False,
     assign: o.Set = None,
 ) -> None:
-    """Write a model, dense or compressed, for another runtime, checked to compute the same there.
+    """Export a model, dense or compressed, to another runtime, and verify its outputs there.
 
-    Models of upop's tasks become the graphs that their task calls; any other one a graph of one call of it.
+    Models of upop's tasks become the graphs that their task calls; other models become one graph of a forward pass.
     """
     target = TARGETS[to]
     if samples is not None and (quantize is None or config is None):
-        raise SettingError("--samples are a task's, for --quantize int8. Give --quantize and --config, too.")
+        raise SettingError("--samples needs --quantize int8, and the settings of a task in --config. Give both.")
     target.check(source, cache, quantize)
     check_folder(out, target.kind, overwrite=overwrite)
     model = load_named(source, task, own=target.own, **o.overrides({}, assign))
     chosen = None if samples is None or config is None else _samples(model, task, config, samples)
     place = None if is_timm_name(source) else open_checkpoint(source).path
-    target.write(model, Asked(out, overwrite, place, cache, quantize, chosen))
+    target.write(model, ExportOptions(out, overwrite, place, cache, quantize, chosen))
 
 
 def _samples(model: nn.Module, name: str | None, config: Path, count: int) -> list[Mapping[str, Any]]:
-    """Return the inputs of a task's first training samples, one by one."""
+    """Return the inputs of a task's first training samples, one mapping per sample."""
     from upop.checkpoints.published.tasks import task_for
     from upop.settings import read_settings
     from upop.tasks import find_task
@@ -211,13 +211,13 @@ def _samples(model: nn.Module, name: str | None, config: Path, count: int) -> li
 
 
 def _notify(out: Path) -> None:
-    """Print which graphs were written."""
+    """Print the graphs that were written."""
     console = Console(soft_wrap=True, highlight=False)
     for name, graph in read_object(out / "export.json", CheckpointError, "Export the model again.")["graphs"].items():
         axes = ", ".join(f"{key} {tuple(value)}".replace("'", "") for key, value in graph["inputs"].items())
-        said = f"largest difference {graph['largest_difference']:.1e}"
+        note = f"largest difference {graph['largest_difference']:.1e}"
         small = graph.get("quantized")
         if small is not None:
             before, after = (size / 1e6 for size in small["bytes"])
-            said += f"; {small['to']}: {before:.1f} -> {after:.1f} MB, difference {small['difference']:.1e}"
-        console.print(as_text(f"{out / graph['file']}: {name}({axes}) -> {', '.join(graph['outputs'])}; {said}"))
+            note += f"; {small['to']}: {before:.1f} -> {after:.1f} MB, difference {small['difference']:.1e}"
+        console.print(as_text(f"{out / graph['file']}: {name}({axes}) -> {', '.join(graph['outputs'])}; {note}"))

@@ -1,4 +1,4 @@
-"""What `--help` prints: flags, defaults and examples whole, in 80 columns, with and without a terminal."""
+"""Formats `--help`: flags, defaults and examples without truncation, in at most 80 columns."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typer.core import TyperCommand, TyperGroup
 
 _WIDEST, _NARROWEST = 80, 40
 _COLUMN = 26
-"""Where the meaning of a flag begins; it stands on a line of its own below a longer flag."""
+"""Column of the descriptions; below a longer flag they start on a new line."""
 
 
 class InterruptedCommandError(Exception):
-    """Ctrl-C ended a command; the message, if there is one, says where it stood."""
+    """Ctrl-C ended a command; the message, if any, says what was saved."""
 
 
 class Command(TyperCommand):
-    """A command of ours."""
+    """A command of upop."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an interrupt comes through as an error that keeps its words, which typer would drop."""
+        """Run the command; turn an interrupt into an error that keeps its message, which typer would drop."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise InterruptedCommandError(*error.args) from error
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return what stands after the command's name in its usage."""
+        """Return the usage line after the command's name."""
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
     def get_help(self, ctx: Any) -> str:
@@ -43,7 +43,7 @@ class Group(TyperGroup):
     """A group of commands."""
 
     def summary(self, name: str) -> str:
-        """Return what the list of commands says of one."""
+        """Return the summary of a command in the list of commands."""
         return _first_sentence(self.commands[name])
 
     def get_help(self, ctx: Any) -> str:
@@ -81,7 +81,7 @@ def _row(name: str, meaning: str) -> str:
 
 
 def _wrapped(text: str, first: str, rest: str | None = None) -> str:
-    """Return a text in lines; a word is never cut, since flags and paths have hyphens."""
+    """Wrap a text into lines; words are not broken at hyphens, which flags and paths contain."""
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size((_WIDEST, 24)).columns))
     return textwrap.fill(
         text,

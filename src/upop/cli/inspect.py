@@ -33,7 +33,7 @@ from upop.report.shares import Panel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MOST_WORDS = 128  # of the text that multiply-adds are counted for, where the model takes more
+_MOST_WORDS = 128  # maximum tokens of the text for which multiply-adds are counted
 _SHOWN_REASONS = 5
 
 
@@ -53,29 +53,27 @@ def inspect(
             "--p",
             parser=o.as_ratio,
             metavar="<float>",
-            help="Also show what is left when this share of the cost goes.",
+            help="Also preview the sizes after this share of the cost is removed.",
         ),
     ] = None,
     target: o.Target = None,
     round_to: o.RoundTo = None,
     align: o.OldAlign = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write it as JSON, with every group and every reason.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every group and every reason.")] = False,
     assign: o.Set = None,
 ) -> None:
-    """Show a model's groups, parameters and GMACs per modality, what is covered, and preview a budget."""
+    """Show a model's groups, parameters and GMACs per modality, its coverage, and preview a budget."""
     goal = Goal(ratio, target) if ratio is not None or target is not None else None
     rounded = read_round_to(round_to or align or "1")
-    # Sizes are shown, which no weight that does not fit changes.
+    # Weights that do not fit do not change the sizes, which are all that is shown.
     model = load_named(source, task, strict=False, **o.overrides({}, assign))
     inputs, note = example_of(model)
     try:
         found = inspect_model(model, inputs, _dense_sizes(model))
-    except Exception as error:  # the model's own, for inputs that are not what it takes
+    except Exception as error:  # the model rejects the inputs, with an error of any type
         if inputs is None:
             raise
-        note = f"not counted: the model takes other inputs ({' '.join(str(error).split())[:120]})"
+        note = f"not counted: the model rejects the example inputs ({' '.join(str(error).split())[:120]})"
         inputs, found = None, inspect_model(model, None, _dense_sizes(model))
     smaller = None
     if goal is not None and found.panels:
@@ -89,26 +87,26 @@ def inspect(
     if found.panels:
         console.print(_groups_table(found, smaller))
     else:
-        console.print("Nothing of it can be pruned.")
+        console.print("No part of it can be pruned.")
     console.print(_parts_table(found, smaller, goal if found.panels else None))
     console.print(_coverage_table(found.coverage))
     console.print(as_text(f"GMACs: {note}"), soft_wrap=True)
     if smaller is not None:
         console.print(
-            "The preview takes the same share from every group. The search decides which channels go, and from where; "
-            "what is left has as many parameters then, and about as many GMACs.",
+            "The preview removes the same share of every group. A search decides which channels are removed, and from "
+            "which groups; the result has the same number of parameters, and about as many GMACs.",
             soft_wrap=True,
         )
     if found.skipped:
         reasons = list(dict.fromkeys(part.reason for part in found.skipped))
-        console.print(f"Left alone: {len(found.skipped)} places.")
+        console.print(f"Skipped: {len(found.skipped)} structures.")
         for reason in reasons[:_SHOWN_REASONS]:
             first = next(part.name for part in found.skipped if part.reason == reason)
             console.print(as_text(f"  {first}: {reason}"), soft_wrap=True)
 
 
 def example_of(model: nn.Module) -> tuple[Any, str]:
-    """Return inputs for one forward pass of one sample, and what they are, in words; (None, why) if unknown."""
+    """Return inputs for a forward pass of one sample, and a description; (None, reason) if unknown."""
     if kind_of(model) is not None:
         from upop.tasks import TASKS
 
@@ -124,11 +122,11 @@ def example_of(model: nn.Module) -> tuple[Any, str]:
         size = (size[0], *grid) if grid else size
         return torch.zeros(1, *size), f"of one image of {size[1]} x {size[2]} pixels"
     side, words = getattr(getattr(model, "visual", None), "image_size", None), getattr(model, "context_length", None)
-    if side and words:  # open_clip's
+    if side and words:  # open_clip
         height, width = (side, side) if isinstance(side, int) else side
         inputs = (torch.zeros(1, 3, height, width), torch.zeros(1, words, dtype=torch.long))
         return inputs, f"of one image of {height} x {width} pixels and one text of {words} tokens"
-    return None, f"not counted: what a {type(model).__name__} takes is not known"
+    return None, f"not counted: the inputs of a {type(model).__name__} are not known"
 
 
 def _transformers_example(model: PreTrainedModel) -> tuple[Any, str]:
@@ -140,23 +138,23 @@ def _transformers_example(model: PreTrainedModel) -> tuple[Any, str]:
     vision = getattr(config, "vision_config", config)
     side = getattr(vision, "image_size", None)
     inputs: dict[str, Tensor] = {}
-    said = []
+    parts = []
     if "pixel_values" in takes and side:
         height, width = (side, side) if isinstance(side, int) else side
         inputs["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width).to(model.dtype)
-        said.append(f"one image of {height} x {width} pixels")
+        parts.append(f"one image of {height} x {width} pixels")
     if "input_ids" in takes and getattr(text, "vocab_size", None):
         inputs["input_ids"] = torch.ones(1, length, dtype=torch.long)
-        said.append(f"one text of {length} tokens")
+        parts.append(f"one text of {length} tokens")
         if config.is_encoder_decoder or "decoder_input_ids" in takes:
             inputs["decoder_input_ids"] = inputs["input_ids"]
     if not inputs:
-        return None, f"not counted: what a {type(model).__name__} takes is not known"
-    return inputs, f"of {' and '.join(said)}"
+        return None, f"not counted: the inputs of a {type(model).__name__} are not known"
+    return inputs, f"of {' and '.join(parts)}"
 
 
 def _dense_sizes(model: nn.Module) -> dict[str, int]:
-    """Return group -> channels before compression, as far as the model's configuration or its plan tells."""
+    """Return group -> channels before compression, from the model's configuration or plan; {} if neither has them."""
     kind, plan = kind_of(model), plan_of(model)
     if kind is not None:
         built, _ = MODELS[kind]
@@ -167,8 +165,8 @@ def _dense_sizes(model: nn.Module) -> dict[str, int]:
 
 
 def _groups_table(found: Inspection, smaller: Inspection | None) -> Table:
-    table = Table(title="What can be pruned", title_justify="left")
-    for heading in ("modality", "structure", "layers", "channels in a layer", "parameters (M)"):
+    table = Table(title="Prunable groups", title_justify="left")
+    for heading in ("modality", "structure", "layers", "channels per layer", "parameters (M)"):
         table.add_column(heading, justify="left" if heading in ("modality", "structure") else "right")
     after = {panel.title + panel.modality: panel for panel in smaller.panels} if smaller is not None else {}
     for panel in found.panels:
@@ -192,15 +190,15 @@ def _coverage_table(covered: Coverage) -> Table:
     shares = covered.shares
     whole = sum(each.parameters for each in shares.values())
     run = sum(each.macs or 0 for each in shares.values())
-    described = {
+    names = {
         "units": "in groups",
-        "left alone": "left alone, with a reason",
+        "left alone": "skipped, with a reason",
         "outside": "outside: embeddings, heads",
     }
     for place, each in shares.items():
         macs = None if each.macs is None else number(each.macs / 1e9)
         table.add_row(
-            described[place],
+            names[place],
             number(each.parameters / 1e6),
             f"{100 * each.parameters / max(1, whole):.1f} %",
             macs or "-",
@@ -210,7 +208,7 @@ def _coverage_table(covered: Coverage) -> Table:
 
 
 def _content(model: nn.Module, found: Inspection, smaller: Inspection | None, note: str) -> dict[str, Any]:
-    """Return what is shown as JSON values."""
+    """Return the content of the tables as JSON values."""
     return {
         "class": type(model).__name__,
         "parameters": found.parameters,
@@ -241,8 +239,8 @@ def _range(values: Any) -> str:
 def _parts_table(found: Inspection, smaller: Inspection | None, goal: Goal | None) -> Table:
     title = "Sizes"
     if goal is not None and smaller is not None:
-        asked = f"with {goal}" if goal.ratio is None else f"after {100 * goal.ratio:g} % of the prunable parameters go"
-        title += f", and what is left {asked} ({found.parameters / smaller.parameters:.3g}x of the whole model)"
+        budget = f"with {goal}" if goal.ratio is None else f"without {100 * goal.ratio:g} % of the prunable parameters"
+        title += f", before and after: {budget} ({found.parameters / smaller.parameters:.3g}x of the whole model)"
     table = Table(title=title, title_justify="left")
     table.add_column("modality")
     for heading in ("parameters (M)", "prunable (M)", "GMACs"):

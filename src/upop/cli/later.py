@@ -1,4 +1,4 @@
-"""Commands that are imported on call, so that help and typos load no deep learning library."""
+"""Lazily imported commands: help and typos load no deep learning library."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from upop.starting import end_watch, watch_start
 
 @dataclass(frozen=True)
 class Later:
-    """A command that is not imported yet.
+    """A command that is imported when it is called.
 
     Attributes:
-        module: that has a function of the command's name.
-        summary: the first sentence of the function's docstring, which the list of commands shows.
-        example: a call of it, at the end of its help.
+        module: of the function, which has the command's name.
+        summary: the first sentence of the function's docstring, for the list of commands.
+        example: a call, for the end of its help.
     """
 
     module: str
@@ -31,7 +31,7 @@ class Later:
     def command(self, name: str) -> Any:
         """Import the command and return it."""
         alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        watch_start()  # it takes seconds
+        watch_start()  # the import takes seconds
         try:
             function = getattr(import_module(self.module), name)
         finally:
@@ -41,7 +41,7 @@ class Later:
 
 
 class _Commands(MutableMapping[str, Any]):
-    """Name -> command; looking one up imports it, asking for the names imports none."""
+    """Name -> command; a lookup imports the command, listing the names imports nothing."""
 
     def __init__(self, later: Mapping[str, Later], known: Mapping[str, Any]) -> None:
         self._held: dict[str, Any] = {**later, **known}
@@ -66,7 +66,7 @@ class _Commands(MutableMapping[str, Any]):
 
 
 class LaterGroup(Group):
-    """A group of commands of which some are not imported before they are called."""
+    """A group with lazily imported commands."""
 
     later: ClassVar[Mapping[str, Later]] = {}
 
@@ -80,5 +80,5 @@ class LaterGroup(Group):
         return list(self.commands)
 
     def summary(self, name: str) -> str:
-        """Return what the list of commands says of one."""
+        """Return the summary of a command in the list of commands."""
         return self.later[name].summary if name in self.later else super().summary(name)

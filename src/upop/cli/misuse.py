@@ -1,4 +1,4 @@
-"""Errors of invalid command lines: the problem, the nearest flag or command, and where to find help."""
+"""Messages for invalid command lines: the problem, the nearest flag or command, and where to find help."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from upop.plain import plain
 
 
-def say_misused(error: typer.TyperException) -> int:
-    """Print what is wrong with a command line to standard error, in full; return the exit code."""
+def print_misuse(error: typer.TyperException) -> int:
+    """Print the problem of a command line to standard error; return the exit code."""
     context: typer.Context | None = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":  # a group of commands, named alone: this is how one asks for help
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command prints its help
         print(error.format_message())
         return 0
     print(plain(f"Error: {_message(error, context)}"), file=sys.stderr)

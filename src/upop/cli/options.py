@@ -1,6 +1,6 @@
-"""The flags that several commands share, each written once; both spellings (--output-dir, --output_dir) work.
+"""Flags that several commands share; both spellings (--output-dir, --output_dir) work.
 
-Importing this module takes typer alone: the help of a command shows flags, and takes no torch.
+This module imports typer alone: the help of a command shows flags without importing torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def as_ratio(text: str) -> float:
     """Parse a number; the settings check whether it is a ratio.
 
     Raises:
-        typer.BadParameter: it is no number; for "50%" and "2x" the message says what to write.
+        typer.BadParameter: it is not a number; for "50%" and "2x" the message says what to write.
     """
     try:
         return float(text)
@@ -34,7 +34,7 @@ def as_ratio(text: str) -> float:
 
 
 def starting_with(known: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Return a shell completion from known words."""
+    """Return a shell completion over known words."""
 
     def completed(incomplete: str) -> list[str]:
         return [word for word in known() if word.startswith(incomplete)]
@@ -43,7 +43,7 @@ def starting_with(known: Callable[[], Iterable[str]]) -> Callable[[str], list[st
 
 
 class Device(StrEnum):
-    """Where to compute."""
+    """Device of a run."""
 
     auto = "auto"
     cuda = "cuda"
@@ -58,7 +58,7 @@ class ResumeWhen(StrEnum):
     must = "must"
 
 
-Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags beat it.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags override it.")]
 Pretrained = Annotated[
     str | None,
     typer.Option(help="Checkpoint: a .pth or .safetensors (file or URL), a folder, or a name on the hub."),
@@ -70,7 +70,7 @@ Architecture = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="What to start from, as --pretrained; with classification, timm's name of a vision transformer.",
+        help="Model to start from, like --pretrained; for classification, timm's name of a vision transformer.",
     ),
 ]
 Data = Annotated[
@@ -83,45 +83,49 @@ Data = Annotated[
 ]
 ValData = Annotated[
     str | None,
-    typer.Option("--val-data", "--val_data", metavar="FILE", help="Rows to evaluate on; else a share of --data."),
+    typer.Option("--val-data", "--val_data", metavar="FILE", help="Rows to evaluate on. [default: a share of --data]"),
 ]
 ImageRoot = Annotated[
     Path | None,
-    typer.Option("--image-root", "--image_root", help="Where images' paths start. [default: the file's folder]"),
+    typer.Option(
+        "--image-root", "--image_root", help="Folder that image paths are relative to. [default: the file's folder]"
+    ),
 ]
 ColumnNames = Annotated[
     list[str] | None,
-    typer.Option("--column", metavar="WHAT=NAME", help="Which column is what, as in answer=reply; repeatable."),
+    typer.Option("--column", metavar="ROLE=NAME", help="Column of a role, as in answer=reply; repeatable."),
 ]
 Include = Annotated[
     list[str] | None,
     typer.Option(help="vision, text, projector, or a pattern of groups; repeatable. [default: all]"),
 ]
-Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of groups that stay whole; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of groups not to prune; repeatable.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration samples. [default: 128]")]
 Lora = Annotated[
     int | None,
-    typer.Option(metavar="RANK", help="Recover by LoRA of this rank, merged at the end; with --method one-shot."),
+    typer.Option(metavar="RANK", help="Recover with LoRA of this rank, merged at the end; with --method one-shot."),
 ]
-RowCount = Annotated[int | None, typer.Option("--rows", metavar="N", help="Take the first N rows of --data alone.")]
-OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run folder.")]
-DeviceName = Annotated[Device | None, typer.Option(help="Where to compute; torchrun decides about processes.")]
+RowCount = Annotated[int | None, typer.Option("--rows", metavar="N", help="Use only the first N rows of --data.")]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run directory.")]
+DeviceName = Annotated[Device | None, typer.Option(help="Device; torchrun sets the number of processes.")]
 Fsdp = Annotated[
     bool | None,
-    typer.Option("--fsdp", help="Share weights, gradients and the optimizer's state out over torchrun's processes."),
+    typer.Option("--fsdp", help="Shard weights, gradients and optimizer state over torchrun's processes."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 42; classification 0]")]
 Amp = Annotated[bool | None, typer.Option("--amp", help="bfloat16 autocast.")]
 BatchSize = Annotated[
     str | None,
-    typer.Option("--batch-size", "--batch_size", help="Samples per process and pass, or auto: the largest that fits."),
+    typer.Option(
+        "--batch-size", "--batch_size", help="Samples per process and forward pass, or auto: the largest that fits."
+    ),
 ]
 GradCheckpointing = Annotated[
     bool | None,
-    typer.Option("--grad-checkpointing", help="Compute activations again in the backward pass: less memory."),
+    typer.Option("--grad-checkpointing", help="Recompute activations in the backward pass, to save memory."),
 ]
 Tracker = Annotated[
-    list[str] | None, typer.Option("--tracker", help="tensorboard, or any tracker that Accelerate knows; repeatable.")
+    list[str] | None, typer.Option("--tracker", help="tensorboard, or any other tracker of Accelerate; repeatable.")
 ]
 _RATIO = "Share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x. [default: 0.5]"
 Ratio = Annotated[float | None, typer.Option("--ratio", parser=as_ratio, metavar="<float>", help=_RATIO)]
@@ -133,17 +137,17 @@ Target = Annotated[
     str | None,
     typer.Option(
         metavar="KIND=LEFT",
-        help="In place of --ratio, what is left of the whole model: params=0.5 (or 12M, 40MB@float16), macs=2x, or "
-        "both with a comma.",
+        help="Instead of --ratio, a target for the whole model: params=0.5 (or 12M, 40MB@float16), macs=2x, or both, "
+        "with a comma.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be done.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Only print what would be done.")]
 Epochs = Annotated[
-    int | None, typer.Option("--epochs", help="All epochs, those of the search too. [default: the config's]")
+    int | None, typer.Option("--epochs", help="All epochs, including the search. [default: the config's]")
 ]
 OldEpoch = Annotated[int | None, typer.Option("--epoch", hidden=True)]
 PublishedEpoch = Annotated[
-    int | None, typer.Option("--epoch", help="Epochs of the search, and as many of retraining: half of all epochs.")
+    int | None, typer.Option("--epoch", help="Epochs of the search, and of retraining: half of all epochs.")
 ]
 _METHODS = starting_with(lambda: ("upop", "reference", "magnitude", "one-shot"))
 Method = Annotated[
@@ -157,21 +161,21 @@ PublishedMethod = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="reference (the search as published, with its constants), upop (better: what `upop compress` does by "
-        "default), or magnitude: one cut by weight norm. [default: reference]",
+        help="reference (the published search, with its constants), upop (better: the default of `upop compress`), or "
+        "magnitude: one cut by weight norm. [default: reference]",
         autocompletion=_METHODS,
     ),
 ]
 SparsityAttention = Annotated[
     float | None,
-    typer.Option("--w-sp-attn", "--w_sp_attn", help="Weight of the attention masks' sum in the logged loss."),
+    typer.Option("--w-sp-attn", "--w_sp_attn", help="Weight of the sum of attention masks in the logged loss."),
 ]
 SparsityMlp = Annotated[
     float | None,
-    typer.Option("--w-sp-mlp", "--w_sp_mlp", help="Weight of the MLP masks' sum in the logged loss."),
+    typer.Option("--w-sp-mlp", "--w_sp_mlp", help="Weight of the sum of MLP masks in the logged loss."),
 ]
 Interval = Annotated[
-    int | None, typer.Option("--interval", help="Steps between moves of the masks, with --method reference.")
+    int | None, typer.Option("--interval", help="Steps between updates of the masks, with --method reference.")
 ]
 EpochsSearch = Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the published search.")]
 SearchRate = Annotated[
@@ -184,30 +188,32 @@ RoundTo = Annotated[
         "--round-to",
         "--round_to",
         metavar="N",
-        help="Kept channels are multiples of this; or by kind: attention=8,mlp=128.",
+        help="Round kept channels to multiples of this; or by kind: attention=8,mlp=128.",
     ),
 ]
 Uniform = Annotated[
     str | None,
     typer.Option(
         metavar="tower",
-        help="All layers of a tower keep equally many heads and neurons: libraries load the result without upop.",
+        help="Keep equally many heads and neurons in all layers of a tower: libraries load the result without upop.",
         autocompletion=starting_with(lambda: ("tower",)),
     ),
 ]
 Depth = Annotated[
     bool | None,
-    typer.Option("--depth", help="Whole branches may go; with --uniform whole layers do.", show_default=False),
+    typer.Option(
+        "--depth", help="Also prune whole attentions and MLPs; with --uniform, whole layers.", show_default=False
+    ),
 ]
 Width = Annotated[
     bool | None,
-    typer.Option("--width", help="Residual streams may lose channels; takes a --target.", show_default=False),
+    typer.Option("--width", help="Also prune channels of residual streams; requires a --target.", show_default=False),
 ]
 Resume = Annotated[
     ResumeWhen | None,
     typer.Option(
         "--resume",
-        help="Go on from the newest checkpoint in --output-dir; auto starts the run where there is none. "
+        help="Resume from the newest checkpoint in --output-dir; auto starts a new run if there is none. "
         "[without a value: must]",
     ),
 ]
@@ -216,7 +222,7 @@ AllowChanges = Annotated[
     typer.Option(
         "--allow-changes",
         "--allow_changes",
-        help="With --resume: go on though weights, data or libraries are not what they were, and note it.",
+        help="With --resume: continue even if weights, data or libraries have changed, and record the changes.",
     ),
 ]
 SkipBadImages = Annotated[
@@ -225,7 +231,7 @@ SkipBadImages = Annotated[
         "--skip-bad-images",
         "--skip_bad_images",
         metavar="N",
-        help="Do without up to N unreadable image files, and list them; one more stops the run. [default: 0]",
+        help="Skip up to N unreadable image files, and list them; one more stops the run. [default: 0]",
     ),
 ]
 AllowOutside = Annotated[
@@ -233,16 +239,19 @@ AllowOutside = Annotated[
     typer.Option(
         "--allow-outside",
         "--allow_outside",
-        help="Images may lie outside of their folder: by absolute paths, .. or links.",
+        help="Allow images outside of their folder: by absolute paths, .. or links.",
     ),
 ]
-TaskOfFile = Annotated[str | None, typer.Option("--task", help="Task of a published file. [default: by its tensors]")]
+TaskOfFile = Annotated[
+    str | None,
+    typer.Option("--task", help="Task of a published checkpoint file. [default: derived from its tensors]"),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Also replace a file that upop did not write, or a folder of upop that was changed since; never a folder "
-        "that holds anything else.",
+        help="Also replace a file that upop did not write, or a folder of upop that has changed since; never a folder "
+        "with other files.",
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
@@ -260,7 +269,7 @@ _SETS: Mapping[str, tuple[str, ...]] = {
     "column": ("columns",),
     "architecture": ("architecture", "pretrained"),
 }
-"""Parameters of commands that are called otherwise than the settings that they stand for."""
+"""Parameter of a command -> settings that it sets under other names."""
 
 
 def read(
@@ -275,21 +284,21 @@ def read(
     sources: Mapping[str, str] | None = None,
     published: bool = False,
 ) -> S:
-    """Return the settings of a command: those of a file, under those of its flags, under `--set` assignments.
+    """Return the settings of a command: `--set` overrides flags, and flags override the file.
 
     Args:
-        context: of the command; its parameters that are called like a setting of some task are flags for it.
+        context: of the command; its parameters with the name of a setting are flags for it.
         kind: class of the settings.
         config: the YAML file.
         assignments: of `--set`.
-        also: settings that other parameters stand for; those that are None are not given.
+        also: settings from other parameters; None means not given.
         nothing: settings that flags set to null.
-        beneath: settings that beat the file's and no flag.
-        sources: where settings of `also` and `beneath` are from, if not from flags.
-        published: whether the command does what was published, unless a method is given.
+        beneath: settings that override the file, but no flag.
+        sources: origin of settings in `also` and `beneath`, for messages, if not flags.
+        published: whether the default method is the published one.
 
     Raises:
-        SettingError: a setting cannot be used; the message says where it is from.
+        SettingError: a setting is not valid; the message says where it is from.
     """
     from upop.settings import OLDER, current_names, read_settings
     from upop.tasks import TASKS
@@ -299,14 +308,14 @@ def read(
     flags = _model_flag(kind, flags)
     given = current_names(overrides(flags)) | overrides(also or {}) | dict.fromkeys(nothing)
     assigned = current_names(overrides({}, assignments))
-    described = {**(sources or {}), **{name: place for name in given if (place := _flag(context, name))}}
-    described |= {name: f"from --set {name}" for name in assigned}
+    origins = {**(sources or {}), **{name: place for name in given if (place := _flag(context, name))}}
+    origins |= {name: f"from --set {name}" for name in assigned}
     values = {**current_names(beneath or {}), **given, **assigned}
-    return read_settings(kind, config, values, described, published=published)
+    return read_settings(kind, config, values, origins, published=published)
 
 
 def _model_flag(kind: type[RunSettings], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags with --model as what it stands for: an architecture, or else where the model lies."""
+    """Return the flags with --model replaced by `pretrained`, unless the settings have an architecture."""
     model = flags.get("architecture")
     if model is None or "architecture" in kind.model_fields:
         return dict(flags)
@@ -314,23 +323,23 @@ def _model_flag(kind: type[RunSettings], flags: Mapping[str, Any]) -> dict[str, 
         from upop.errors import SettingError
 
         raise SettingError(
-            f"--model {model} and --pretrained {flags['pretrained']} both say what to start from. Leave one out."
+            f"--model {model} and --pretrained {flags['pretrained']} both name the model to start from. Leave one out."
         )
     return {name: value for name, value in flags.items() if name != "architecture"} | {"pretrained": model}
 
 
 def quiet_libraries() -> None:
-    """Keep the bars of transformers, one for every file that it reads or writes, off the screen."""
+    """Turn off the progress bars of transformers, which shows one per file."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def columns(assignments: Sequence[str] | None) -> dict[str, dict[str, str] | None]:
-    """Return the setting that `--column WHAT=NAME` stands for.
+    """Return the setting of `--column ROLE=NAME`.
 
     Raises:
-        SettingError: one of them is not WHAT=NAME.
+        SettingError: an assignment is not ROLE=NAME.
     """
     found = {}
     for each in assignments or ():
@@ -338,13 +347,13 @@ def columns(assignments: Sequence[str] | None) -> dict[str, dict[str, str] | Non
         if not (role and equals and column):
             from upop.errors import SettingError
 
-            raise SettingError(f"--column takes WHAT=NAME, such as --column answer=reply; found {each!r}.")
+            raise SettingError(f"--column takes ROLE=NAME, such as --column answer=reply; found {each!r}.")
         found[role.strip()] = column.strip()
     return {"columns": found or None}
 
 
 def _flag(context: typer.Context, setting: str) -> str | None:
-    """Return which flag a setting is from, as it was typed; None if none was."""
+    """Return the flag that gave a setting, as typed; None if none did."""
     from upop.settings import OLDER
 
     for parameter in context.command.params:
@@ -381,5 +390,5 @@ def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None
 
 
 def sharding(fsdp: bool | None) -> dict[str, str | None]:
-    """Return the setting that `--fsdp` stands for."""
+    """Return the setting of `--fsdp`."""
     return {"sharding": "fsdp" if fsdp else None}

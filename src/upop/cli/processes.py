@@ -1,4 +1,4 @@
-"""Commands under torchrun: errors state their rank, and torchrun learns the cause of a failure."""
+"""Commands under torchrun: errors name their rank, and torchrun reports the cause of a failure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 
-# Longer than torchrun takes to notice a process that died.
+# Longer than torchrun needs to notice a process that died.
 _GRACE_SECONDS = 5
 
 
@@ -22,14 +22,13 @@ def place() -> str:
 
 
 def recorded(command: Callable[[], object]) -> object:
-    """Run a command and return what it returns.
+    """Run a command and return its result.
 
-    Under torchrun, an error is written to the file from which torchrun reports the cause.
-
-    A successful command destroys the process group, whose threads might otherwise abort the exiting process.
+    Under torchrun, an error is written to the file from which torchrun reports the cause. A successful command destroys
+    the process group, whose threads might otherwise abort the exiting process.
 
     Raises:
-        LostProcessError: another process has ended, so that this one cannot go on; that is not the cause.
+        LostProcessError: another process has ended, and this one cannot continue; it is not reported as the cause.
     """
     if not under_torchrun():
         return command()
@@ -55,7 +54,7 @@ def recorded(command: Callable[[], object]) -> object:
 
 
 def wait_for_launcher() -> None:
-    """Wait until torchrun has noticed a process that died, so that the first one to die is the one that it names."""
+    """Wait until torchrun has noticed the process that died, so that it reports the first one."""
     if under_torchrun():
         time.sleep(_GRACE_SECONDS)
 

@@ -29,21 +29,21 @@ def profile(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
     task: o.TaskOfFile = None,
     device: o.DeviceName = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in a forward pass.")] = 1,
-    runtime: Annotated[str, typer.Option(help=f"How it runs: {' or '.join(RUNTIMES)}.")] = RUNTIMES[0],
-    points: Annotated[int, typer.Option(min=1, help="Sizes that each kind of layer is measured at.")] = POINTS,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes for each size.")] = 15,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 1,
+    runtime: Annotated[str, typer.Option(help=f"Runtime: {' or '.join(RUNTIMES)}.")] = RUNTIMES[0],
+    points: Annotated[int, typer.Option(min=1, help="Sizes to measure per kind of layer.")] = POINTS,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes per size.")] = 15,
     overwrite: o.Overwrite = False,
     assign: o.Set = None,
 ) -> None:
-    """Measure what a model's layers take here, by kind and size, for --target latency=0.5 or latency=12ms."""
+    """Measure the latency of a model's layers on this machine, for --target latency=0.5 or latency=12ms."""
     model = load_named(source, task, **o.overrides({}, assign))
     inputs, note = example_of(model)
     if inputs is None:
         raise SettingError(f"The model cannot be timed: {note}. Use upop.profiling.profile_model(model, inputs).")
-    asked = device.value if device else "auto"
+    name = device.value if device else "auto"
     on_gpu = torch.cuda.is_available() and runtime in ("eager", "compile")
-    place = torch.device(("cuda" if on_gpu else "cpu") if asked == "auto" else asked)
+    place = torch.device(("cuda" if on_gpu else "cpu") if name == "auto" else name)
     inputs = tree_map(lambda each: each.to(place) if hasattr(each, "to") else each, batch_of(inputs, batch))
     console = Console(highlight=False)
     console.print(as_text(f"{source}: {type(model).__name__}, batch {batch}, {runtime}, {place}"))

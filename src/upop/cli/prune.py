@@ -1,4 +1,4 @@
-"""`upop prune`: a smaller model by one command, without training."""
+"""`upop prune`: prunes a model without training."""
 
 from __future__ import annotations
 
@@ -27,15 +27,23 @@ _RATIO = 0.25
 def prune(
     context: typer.Context,
     source: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder of transformers or open_clip, a hub name, or our output.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder of transformers or open_clip, a name on the hub, or an output of upop."
+        ),
     ],
     data: o.Data = None,
     ratio: Annotated[
         float | None,
-        typer.Option("--ratio", parser=o.as_ratio, metavar="<float>", help="Share of what can go. [default: 0.25]"),
+        typer.Option(
+            "--ratio",
+            parser=o.as_ratio,
+            metavar="<float>",
+            help="Share of the prunable cost to remove. [default: 0.25]",
+        ),
     ] = None,
     target: o.Target = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: MODEL-pruned, here]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: ./MODEL-pruned]")] = None,
     samples: o.Samples = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
@@ -48,16 +56,16 @@ def prune(
     depth: o.Depth = None,
     width: o.Width = None,
     round_to: Annotated[
-        str | None, typer.Option("--round-to", metavar="N", help="Kept channels are multiples of this.")
+        str | None, typer.Option("--round-to", metavar="N", help="Round kept channels to multiples of this.")
     ] = None,
     device: o.DeviceName = None,
     seed: o.Seed = None,
     allow_outside: o.AllowOutside = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what it takes of memory, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print an estimate of the memory.")] = False,
     overwrite: o.Overwrite = False,
     assign: o.Set = None,
 ) -> None:
-    """Prune a model of transformers or open_clip without training, and show what it lost."""
+    """Prune a model of transformers or open_clip without training, and evaluate it before and after."""
     console = Console(highlight=False, soft_wrap=True)
     o.quiet_libraries()
     checkpoint = open_checkpoint(source)
@@ -68,7 +76,7 @@ def prune(
     settings = o.read(context, task.settings, None, assign, also=also, beneath={"num_workers": 0, **beneath})
     assert isinstance(settings, RowSettings)
     if settings.method != "upop":
-        raise SettingError(f"upop prune has no method {settings.method}; upop compress {task.name} has.")
+        raise SettingError(f"upop prune has no method {settings.method}. Use upop compress {task.name} for it.")
     if dry_run:
         console.print(as_text(estimate(task, settings).described()))
         return
@@ -82,5 +90,5 @@ def prune(
     console.print(results_table(results))
     dense, pruned = (result.parameters for result in results.models)
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    console.print(as_text(f"{format_bytes(size * dense // pruned)} of weights became {format_bytes(size)}."))
-    console.print(as_text(f"Written to {place}. From Python: upop.load({str(place)!r})"))
+    console.print(as_text(f"Weights: {format_bytes(size * dense // pruned)} -> {format_bytes(size)}."))
+    console.print(as_text(f"Written to {place}. Load it in Python with upop.load({str(place)!r})."))

@@ -1,4 +1,4 @@
-"""The published commands, `compress_<task>.py`, with the published flags: each sets defaults of `upop compress`."""
+"""The published commands, `compress_<task>.py`, with the published flags, on top of `upop compress`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upop.errors import SettingError
 from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
 
-_IGNORED = "Accepted and without effect: torchrun's environment decides."
+_IGNORED = "Accepted, but has no effect: torchrun's environment decides."
 
 
 def blip_command(task: str, config: str) -> typer.Typer:
@@ -23,7 +23,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
 
     Args:
         task: name of the task.
-        config: the published config file, used where `--config` is not given.
+        config: the default of `--config`, the published file.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -32,7 +32,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
     @app.command(cls=Command, epilog=f"Example: python {script} --p 0.5 --epoch 15 --pretrained pretrained/model.pth")
     def command(
         context: typer.Context,
-        config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = Path(config),
+        config: Annotated[Path, typer.Option(help="YAML file of settings; flags override it.")] = Path(config),
         output_dir: o.OutputDir = Path(f"output/{task}"),
         only_evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
         dry_run: o.DryRun = False,
@@ -50,16 +50,18 @@ def blip_command(task: str, config: str) -> typer.Typer:
         world_size: Annotated[int | None, typer.Option("--world_size", help=_IGNORED)] = None,
         dist_url: Annotated[str | None, typer.Option("--dist_url", help=_IGNORED)] = None,
         distributed: Annotated[str | None, typer.Option("--distributed", help=_IGNORED)] = None,
-        use_ceph: Annotated[bool, typer.Option("--use_ceph", help="Refused.")] = False,
+        use_ceph: Annotated[bool, typer.Option("--use_ceph", help="Not supported.")] = False,
         resume: o.Resume = None,
         skip_bad_images: o.SkipBadImages = None,
         allow_outside: o.AllowOutside = None,
         assign: o.Set = None,
     ) -> None:
-        """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
+        """Search, cut, retrain and evaluate; or evaluate a checkpoint."""
         del world_size, dist_url, distributed
         if use_ceph:
-            raise SettingError("--use_ceph reads from a private storage system that upop does not know. Leave it out.")
+            raise SettingError(
+                "--use_ceph reads from a private storage system, which upop does not support. Leave it out."
+            )
         found = find_task(task)
         settings = o.read(context, found.settings, config, assign, also=o.sharding(fsdp), published=not only_evaluate)
         if dry_run:

@@ -1,4 +1,4 @@
-"""CrossGET's published command, `train_retrieval_clip.py`, with its flags; in one process, or under torchrun."""
+"""CrossGET's published command, `train_retrieval_clip.py`, with its flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upop.runs.verbs import evaluate_checkpoint, train
 from upop.tasks.retrieval_crossget import CrossGetSettings, CrossGetTask
 
 CONFIG = Path("configs/retrieval_flickr_crossget.yaml")
-_IGNORED = "Accepted and without effect: torchrun's environment decides."
+_IGNORED = "Accepted, but has no effect: torchrun's environment decides."
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -26,7 +26,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 )
 def command(
     context: typer.Context,
-    config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = CONFIG,
+    config: Annotated[Path, typer.Option(help="YAML file of settings; flags override it.")] = CONFIG,
     output_dir: o.OutputDir = Path("output/Retrieval_flickr"),
     only_evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
     dry_run: o.DryRun = False,
@@ -50,7 +50,7 @@ def command(
     allow_outside: o.AllowOutside = None,
     assign: o.Set = None,
 ) -> None:
-    """Train CLIP with fewer tokens, and evaluate it; or evaluate a checkpoint."""
+    """Train CLIP with token merging, and evaluate it; or evaluate a checkpoint."""
     del world_size, dist_url, distributed
     settings = o.read(context, CrossGetSettings, config, assign)
     if dry_run:

@@ -1,6 +1,6 @@
 """The published command of DeiT, `compress_deit.py`, with the flags of DeiT's training, on top of `upop compress`.
 
-What no flag says is in the config file, which holds DeiT's usual values.
+All other settings are in the config file, which has DeiT's values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from upop.tasks.classification import ClassificationSettings
 TASK = "classification"
 CONFIG = Path("configs/classification.yaml")
 _REPEATS = 3
-_IGNORED = "Accepted and without effect."
+_IGNORED = "Accepted, but has no effect."
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -33,7 +33,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 )
 def command(
     context: typer.Context,
-    config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = CONFIG,
+    config: Annotated[Path, typer.Option(help="YAML file of settings; flags override it.")] = CONFIG,
     data_path: o.DataPath = None,
     architecture: o.Architecture = None,
     finetune: Annotated[str | None, typer.Option("--finetune", help="Dense checkpoint: a file, or a URL.")] = None,
@@ -43,8 +43,8 @@ def command(
         str | None,
         typer.Option(
             "--resume",
-            help="With --eval the checkpoint to evaluate: a file, or a URL. Else go on from the newest checkpoint of "
-            "the run; auto starts it where there is none. [without a value: must]",
+            help="With --eval, the checkpoint to evaluate: a file or URL. Otherwise resume from the newest checkpoint "
+            "of the run; auto starts a new run if there is none. [without a value: must]",
         ),
     ] = None,
     output_dir: o.OutputDir = Path("output/classification"),
@@ -55,56 +55,69 @@ def command(
     w_sp_mlp: o.SparsityMlp = None,
     search_epochs: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
-    batch_size_train: Annotated[int | None, typer.Option("--batch-size", help="Per process.")] = None,
+    batch_size_train: Annotated[int | None, typer.Option("--batch-size", help="Samples per process.")] = None,
     search_lr: o.SearchRate = None,
     init_lr: Annotated[
         float | None, typer.Option("--lr", help="Highest learning rate, for 512 samples per step.")
     ] = None,
-    min_lr: Annotated[float | None, typer.Option("--min-lr", help="Where the learning rate ends.")] = None,
-    warmup_epochs: Annotated[
-        int | None, typer.Option("--warmup-epochs", help="In which the learning rate climbs.")
-    ] = None,
-    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Of matrices alone.")] = None,
-    clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Largest norm of gradients.")] = None,
+    min_lr: Annotated[float | None, typer.Option("--min-lr", help="Final learning rate.")] = None,
+    warmup_epochs: Annotated[int | None, typer.Option("--warmup-epochs", help="Epochs of linear warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Weight decay of matrices.")] = None,
+    clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Maximum norm of the gradients.")] = None,
     image_size: Annotated[int | None, typer.Option("--input-size", help="Side of images, in pixels.")] = None,
-    crop_ratio: Annotated[float | None, typer.Option("--eval-crop-ratio", help="Share that evaluation sees.")] = None,
+    crop_ratio: Annotated[
+        float | None, typer.Option("--eval-crop-ratio", help="Share of the short side in evaluation's centre crop.")
+    ] = None,
     dropout: Annotated[float | None, typer.Option("--drop", help="Dropout.")] = None,
-    drop_path: Annotated[float | None, typer.Option("--drop-path", help="Stochastic depth, at the last block.")] = None,
+    drop_path: Annotated[
+        float | None, typer.Option("--drop-path", help="Stochastic depth rate of the last block.")
+    ] = None,
     model_ema: Annotated[
         bool | None, typer.Option("--model-ema/--no-model-ema", help="Keep a moving average of the weights.")
     ] = None,
-    ema_decay: Annotated[float | None, typer.Option("--model-ema-decay", help="How slowly it forgets.")] = None,
+    ema_decay: Annotated[float | None, typer.Option("--model-ema-decay", help="Decay of the moving average.")] = None,
     repeated_aug: Annotated[
-        bool | None, typer.Option("--repeated-aug/--no-repeated-aug", help="Three copies of a sample in an epoch.")
+        bool | None, typer.Option("--repeated-aug/--no-repeated-aug", help="Three copies of a sample per epoch.")
     ] = None,
-    auto_augment: Annotated[str | None, typer.Option("--aa", help="timm's name of a policy, or none.")] = None,
-    color_jitter: Annotated[float | None, typer.Option("--color-jitter", help="Where there is no policy.")] = None,
+    auto_augment: Annotated[
+        str | None, typer.Option("--aa", help="Augmentation policy, by timm's name, or none.")
+    ] = None,
+    color_jitter: Annotated[
+        float | None, typer.Option("--color-jitter", help="Strength of colour jitter without a policy.")
+    ] = None,
     train_interpolation: Annotated[
         str | None, typer.Option("--train-interpolation", help="bicubic, bilinear or random.")
     ] = None,
     reprob: Annotated[float | None, typer.Option("--reprob", help="Probability of random erasing.")] = None,
-    remode: Annotated[str | None, typer.Option("--remode", help="Filled with: const, rand or pixel.")] = None,
-    recount: Annotated[int | None, typer.Option("--recount", help="Rectangles, at most.")] = None,
-    smoothing: Annotated[float | None, typer.Option("--smoothing", help="Label smoothing.")] = None,
-    mixup: Annotated[float | None, typer.Option("--mixup", help="Alpha; 0 is without.")] = None,
-    cutmix: Annotated[float | None, typer.Option("--cutmix", help="Alpha; 0 is without.")] = None,
-    cutmix_minmax: Annotated[
-        tuple[float, float] | None, typer.Option("--cutmix-minmax", help="Smallest and largest side of what is cut.")
+    remode: Annotated[
+        str | None, typer.Option("--remode", help="Content of erased rectangles: const, rand or pixel.")
     ] = None,
-    mixup_prob: Annotated[float | None, typer.Option("--mixup-prob", help="That a batch is mixed.")] = None,
-    mixup_switch_prob: Annotated[float | None, typer.Option("--mixup-switch-prob", help="Of cutmix.")] = None,
-    mixup_mode: Annotated[str | None, typer.Option("--mixup-mode", help="batch, pair or elem.")] = None,
+    recount: Annotated[int | None, typer.Option("--recount", help="Maximum number of erased rectangles.")] = None,
+    smoothing: Annotated[float | None, typer.Option("--smoothing", help="Label smoothing.")] = None,
+    mixup: Annotated[float | None, typer.Option("--mixup", help="Mixup alpha; 0 turns it off.")] = None,
+    cutmix: Annotated[float | None, typer.Option("--cutmix", help="Cutmix alpha; 0 turns it off.")] = None,
+    cutmix_minmax: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--cutmix-minmax", help="Smallest and largest side of cutmix's rectangle."),
+    ] = None,
+    mixup_prob: Annotated[float | None, typer.Option("--mixup-prob", help="Probability of mixing a batch.")] = None,
+    mixup_switch_prob: Annotated[
+        float | None, typer.Option("--mixup-switch-prob", help="Probability of cutmix, if both are on.")
+    ] = None,
+    mixup_mode: Annotated[
+        str | None, typer.Option("--mixup-mode", help="Draw weights per batch, pair or elem.")
+    ] = None,
     device: o.DeviceName = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 0]")] = None,
     skip_bad_images: o.SkipBadImages = None,
     allow_outside: o.AllowOutside = None,
     num_workers: Annotated[
-        int | None, typer.Option("--num_workers", "--num-workers", help="Processes that decode images.")
+        int | None, typer.Option("--num_workers", "--num-workers", help="Worker processes of the loader.")
     ] = None,
     amp: o.Amp = None,
-    opt: Annotated[str, typer.Option("--opt", help="adamw, and no other.")] = "adamw",
-    sched: Annotated[str, typer.Option("--sched", help="cosine, and no other.")] = "cosine",
-    data_set: Annotated[str, typer.Option("--data-set", help="IMNET: any folder laid out like ImageNet.")] = "IMNET",
+    opt: Annotated[str, typer.Option("--opt", help="Only adamw.")] = "adamw",
+    sched: Annotated[str, typer.Option("--sched", help="Only cosine.")] = "cosine",
+    data_set: Annotated[str, typer.Option("--data-set", help="Only IMNET: any folder like ImageNet's.")] = "IMNET",
     dist_eval: Annotated[bool, typer.Option("--dist-eval", help=_IGNORED)] = False,
     pin_mem: Annotated[bool, typer.Option("--pin-mem/--no-pin-mem", help=_IGNORED)] = True,
     ema_on_cpu: Annotated[bool, typer.Option("--model-ema-force-cpu", help=_IGNORED)] = False,
@@ -112,16 +125,16 @@ def command(
     dist_url: Annotated[str | None, typer.Option("--dist_url", help=_IGNORED)] = None,
     assign: o.Set = None,
 ) -> None:
-    """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
+    """Search, cut, retrain and evaluate; or evaluate a checkpoint."""
     del dist_eval, pin_mem, ema_on_cpu, world_size, dist_url
-    _refuse_others({"--opt": (opt, "adamw"), "--sched": (sched, "cosine"), "--data-set": (data_set, "IMNET")})
-    goes_on = checkpoint in tuple(o.ResumeWhen)
-    if evaluate and (checkpoint is None or goes_on):
-        raise SettingError("--eval evaluates the checkpoint in --resume, and none was given there.")
-    if checkpoint is not None and not evaluate and not goes_on:
+    _check_choices({"--opt": (opt, "adamw"), "--sched": (sched, "cosine"), "--data-set": (data_set, "IMNET")})
+    resumes = checkpoint in tuple(o.ResumeWhen)
+    if evaluate and (checkpoint is None or resumes):
+        raise SettingError("--eval evaluates the checkpoint in --resume, and none was given. Give --resume FILE.")
+    if checkpoint is not None and not evaluate and not resumes:
         raise SettingError(
-            f"--resume {checkpoint} was given without --eval, which evaluates a checkpoint. Runs begin with "
-            "--finetune; --resume auto goes on with one."
+            f"--resume {checkpoint} names a checkpoint to evaluate, and --eval was not given. Add --eval; or start a "
+            "run with --finetune, and resume it with --resume auto."
         )
     also: dict[str, Any] = {"pretrained": checkpoint} if evaluate else {"pretrained": finetune, "resume": checkpoint}
     if batch_size_train is not None:
@@ -140,10 +153,10 @@ def command(
     verb(find_task(TASK), settings)
 
 
-def _refuse_others(choices: dict[str, tuple[str, str]]) -> None:
+def _check_choices(choices: dict[str, tuple[str, str]]) -> None:
     for flag, (found, known) in choices.items():
         if found != known:
-            raise SettingError(f"{flag} {found} was asked for, and only {known} is known here. Leave it out.")
+            raise SettingError(f"{flag} {found} was given, and only {known} is supported. Leave it out.")
 
 
 def run_deit() -> None:

@@ -49,8 +49,8 @@ def recipes(file: File = RECIPES) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "epochs: of search + retraining as published; the methods upop and magnitude take as many in all.\n"
-        "`upop run NAME` does what was published; `--method upop` is what `upop compress` does by default, and better.",
+        "epochs: search + retraining, as published; the methods upop and magnitude take as many in all.\n"
+        "`upop run NAME` uses the published search; `--method upop` is the default of `upop compress`, and better.",
         highlight=False,
     )
 
@@ -76,14 +76,17 @@ def run(
     file: File = RECIPES,
     assign: o.Set = None,
 ) -> None:
-    """Start a published run, as published; `--method upop` is better. Under torchrun it runs on all processes."""
+    """Start a published run, with the published search; `--method upop` is better.
+
+    Under torchrun it runs on all processes.
+    """
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
     settings = settings_of(context, recipe, assign, evaluate=only_evaluate, also=o.sharding(fsdp))
     verb = evaluate_checkpoint if only_evaluate else compress
     if dry_run:
-        stands_for = f"{recipe.name} stands for the published command\n  {_command(recipe, evaluate=only_evaluate)}\n"
-        explain(task, settings, "evaluate" if only_evaluate else "compress", before=stands_for, paper=recipe.paper)
+        command = f"{recipe.name} is the published command\n  {_command(recipe, evaluate=only_evaluate)}\n"
+        explain(task, settings, "evaluate" if only_evaluate else "compress", before=command, paper=recipe.paper)
     else:
         verb(task, settings)
 
@@ -96,21 +99,21 @@ def settings_of(
     evaluate: bool,
     also: Mapping[str, Any] | None = None,
 ) -> RunSettings:
-    """Return the settings of a published run, under the flags of the command.
+    """Return the settings of a published run; flags of the command override them.
 
     Args:
         context: of the command.
         recipe: of the run.
         assign: of `--set`.
-        evaluate: whether its published compressed checkpoint is evaluated.
-        also: settings that other parameters stand for.
+        evaluate: whether to evaluate the published compressed checkpoint.
+        also: settings from other parameters.
 
     Raises:
-        SettingError: a setting cannot be used; the message says where it is from.
+        SettingError: a setting is not valid; the message says where it is from.
     """
     beneath: dict[str, Any] = dict(recipe.overrides)
     if context.params.get("target") is not None:
-        beneath.pop("ratio", None)  # in place of which the target is
+        beneath.pop("ratio", None)  # the target replaces it
     if evaluate:
         beneath["pretrained"] = str(recipe.output_dir / recipe.compressed)
     sources = dict.fromkeys(beneath, f"from the recipe {recipe.name}")

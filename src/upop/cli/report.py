@@ -1,4 +1,4 @@
-"""`upop report`: a run, or several side by side, as one HTML file."""
+"""`upop report`: writes an HTML report of a run, or of several side by side."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ COMPARISON = Path("comparison.html")
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folder, finished or not.")],
-    compare: Annotated[bool, typer.Option("--compare", help="Put several runs side by side.")] = False,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directory, finished or not.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Show several runs side by side.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help=f"File to write; RUN/{PAGE} if not given, with --compare ./{COMPARISON}."),
+        typer.Option(help=f"File to write. [default: RUN/{PAGE}, or ./{COMPARISON} with --compare]"),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file of that name that is no report, too.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace a file that is not a report.")] = False,
 ) -> None:
-    """Write one HTML file of a run: results, what every layer keeps, curves, examples, settings.
+    """Write an HTML report of a run: results, kept channels, curves, examples, settings.
 
-    It needs no network and no other file. With --compare it shows several runs side by side.
+    The file is self-contained. With --compare it shows several runs side by side.
     """
     if len(runs) > 1 and not compare:
-        raise SettingError(f"{len(runs)} runs were given. Add --compare for a page of all, or give one of them.")
+        raise SettingError(f"{len(runs)} runs were given. Add --compare for one page of all, or give only one.")
     found = [read_run(path) for path in runs]
     if compare:
         to = out if out is not None else COMPARISON

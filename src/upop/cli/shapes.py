@@ -1,4 +1,4 @@
-"""What commands do with the generated sets of shapes: write them with a progress bar, and score captions of them."""
+"""Generated data sets in commands: writing them with a progress bar, and scoring their captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def score_captions_of_shapes() -> None:
-    """Have captions of generated images scored by what they say, too: "exact"."""
+    """Register the metric "exact" for captions of generated images."""
     from upop.metrics.captions import register_metric
 
     register_metric(_exact_share)
@@ -31,7 +31,7 @@ def _exact_share(captions: Mapping[int, str], references: Mapping[int, Sequence[
 def write_with_progress(
     task: str, out: Path, *, seed: int, size: int, image_size: int = 64, image_format: str = "png"
 ) -> Summary:
-    """Write the generated data set and print what was written."""
+    """Write a generated data set, and print a summary."""
     from upop.demo import write_shapes
 
     console = Console()

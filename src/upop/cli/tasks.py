@@ -1,6 +1,6 @@
-"""`upop train`, `compress` and `evaluate`: what every task can do.
+"""`upop train`, `upop compress` and `upop evaluate`, for every task.
 
-The libraries of deep learning are imported when a command runs, so that its help is there at once.
+Deep learning libraries are imported when a command runs, so that its help is instant.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from upop.tasks import TASKS, find_task
 
 TaskName = Annotated[
     str,
-    typer.Argument(
-        metavar="TASK", help=f"What to learn: {', '.join(TASKS)}.", autocompletion=o.starting_with(lambda: TASKS)
-    ),
+    typer.Argument(metavar="TASK", help=f"Task: {', '.join(TASKS)}.", autocompletion=o.starting_with(lambda: TASKS)),
 ]
 
 
@@ -95,7 +93,7 @@ def compress(
     batch_size_train: o.BatchSize = None,
     grad_checkpointing: o.GradCheckpointing = None,
     trackers: o.Tracker = None,
-    cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
+    cost: Annotated[str | None, typer.Option(help="Cost of the budget: params, flops or reference.")] = None,
     round_to: o.RoundTo = None,
     align: o.OldAlign = None,
     uniform: o.Uniform = None,
@@ -112,7 +110,7 @@ def compress(
     dry_run: o.DryRun = False,
     assign: o.Set = None,
 ) -> None:
-    """Search, shrink, retrain and evaluate."""
+    """Compress a dense model: search, cut, retrain and evaluate."""
     found = find_task(task)
     _prepare()
     settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
@@ -120,8 +118,8 @@ def compress(
         from upop.errors import SettingError
 
         raise SettingError(
-            f"--interval {interval} says how often the published search moves its masks, and the method is "
-            f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
+            f"--interval {interval} sets how often the published search updates its masks, and the method is "
+            f"{settings.method}. Leave it out, or add --method reference."
         )
     if dry_run:
         from upop.cli.dry import explain
@@ -130,8 +128,8 @@ def compress(
         return
     if epoch is not None:
         _note(
-            f"--epoch {epoch}, as in the published commands, is {epoch} epochs of search and {epoch} of retraining; "
-            f"--epochs {2 * epoch} says the same."
+            f"--epoch {epoch}, as in the published commands, means {epoch} epochs of search and {epoch} of retraining, "
+            f"the same as --epochs {2 * epoch}."
         )
     from upop.runs import verbs
 
@@ -168,7 +166,7 @@ def evaluate(
 
 
 def _prepare() -> None:
-    """Ready the libraries, and the metric of the generated sets."""
+    """Turn off progress bars of libraries, and register the metric of the generated captions."""
     o.quiet_libraries()
     score_captions_of_shapes()
 

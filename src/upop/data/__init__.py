@@ -1,1 +1,1 @@
-"""Readers of the published annotation formats and of rows of files; transforms of texts and images."""
+"""Readers of the published annotation formats and of rows of files; transforms of text and images."""

@@ -18,7 +18,7 @@ ItemT = TypeVar("ItemT")
 
 
 class AnnotatedImages(Dataset[ItemT]):
-    """The common part of these data sets: samples, image paths, and access to images by number.
+    """Base of these data sets: samples, image paths, and access to images by index.
 
     The length is the number of images. A subclass reads further fields from `_samples`, then calls `_check_images`.
     """
@@ -45,5 +45,5 @@ class AnnotatedImages(Dataset[ItemT]):
         return Sources((self.file,), {image: self.root / image for image in self._images})
 
     def _image(self, index: int) -> Tensor:
-        """Return an image [3, height, width] by its number; DataError if it cannot be read."""
+        """Return an image, [3, height, width], by its index; DataError if it cannot be read."""
         return self.transform(open_image(self.root / self._images[index], file=self.file, number=index % len(self)))

@@ -1,7 +1,7 @@
 """Normalises human answers for visual question answering, and determines their types.
 
-Rules of https://visualqa.org/evaluation.html. Answers are normalised always; the official script leaves them as they
-are where all ten people wrote the very same, so that "two" for "2" can count as wrong there.
+The rules are those of https://visualqa.org/evaluation.html. The official script skips normalisation if all ten people
+gave the same answer, so that "two" for "2" can count as wrong; here answers are always normalised.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _CONTRACTED = """
     weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
     why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-# A word that lacks one of its apostrophes gets it back ("dont", "couldn'tve"). Not in the list: what would then be
-# another word, such as "ill", "well", "shed" and "lets".
+# Restores one missing apostrophe ("dont", "couldn'tve"). The list leaves out contractions that become another word
+# without it, such as "ill", "well", "shed" and "lets".
 _CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in _CONTRACTED.split()
@@ -53,7 +53,7 @@ def normalise_answer(answer: str) -> str:
     joined = bool(_DIGITS_AROUND_COMMA.search(text))
     cleaned = text
     for mark in _MARKS:
-        # Beside a space, a mark goes without a trace; between two letters a space takes its place.
+        # A mark next to a space is removed; one between two letters becomes a space.
         removed = joined or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if removed else " ")
     words = (_NUMBERS.get(word, word) for word in _PERIOD.sub("", cleaned).lower().split())

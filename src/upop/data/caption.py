@@ -1,4 +1,4 @@
-"""COCO captions: images with describing sentences."""
+"""COCO captions: images with captions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from upop.errors import DataError
 from upop.reading import LARGEST_DATA, read_json
 
 IGNORED = -100
-"""The label of a place where no word is to be said."""
+"""Label of positions without a loss."""
 CAPTION_TOKENS = 40
-"""Where the published code cuts a caption, prompt and both ends included."""
+"""Maximum tokens of a caption in the published code, with prompt and special tokens."""
 
 _NUMBER_AT_END = re.compile(r"(?<![0-9])[0-9]{1,18}$")  # more digits do not fit a tensor
 
 
 class CaptionItem(TypedDict):
-    """One image [3, H, W]; to train on: a prompted caption; to be captioned: the image's number."""
+    """An image, [3, height, width]; in training a caption with prompt, in evaluation the image's number."""
 
     image: Tensor
     caption: NotRequired[str]
@@ -35,7 +35,10 @@ class CaptionItem(TypedDict):
 
 
 class CaptionBatch(TypedDict):
-    """B images [B, 3, H, W]; to train on: ids, mask and labels, int64 [batch, tokens]; else image_ids, int64 [B]."""
+    """Images, [batch, 3, height, width]; in training token ids, mask and labels, int64 [batch, tokens].
+
+    In evaluation image_ids, int64 [batch].
+    """
 
     images: Tensor
     input_ids: NotRequired[Tensor]
@@ -45,12 +48,13 @@ class CaptionBatch(TypedDict):
 
 
 class CaptionTrainDataset(AnnotatedImages[CaptionItem]):
-    """A training file's samples: `[{"image": path, "caption": str}]`, one per caption.
+    """The samples of a training file, `[{"image": path, "caption": str}]`, one per caption.
 
-    Captions are cleaned, cut to 30 words and put after the prompt. `outside` lets images lie outside of `image_root`.
+    Captions are cleaned, truncated to 30 words and appended to the prompt. `outside` allows images outside of
+    `image_root`.
 
-    Raises DataError, here for anything that is wrong with the annotation file or an image that is missing, and on
-    access for an image that cannot be read.
+    Raises:
+        DataError: the annotation file is not valid or an image is missing; on access, an image cannot be read.
     """
 
     def __init__(
@@ -69,26 +73,25 @@ class CaptionTrainDataset(AnnotatedImages[CaptionItem]):
             caption = clean_caption(sample.text("caption"))
             if not caption:
                 raise sample.error(f"'caption' holds no words: {shown(sample.text('caption'))}.")
-            self._captions.append(f"{prompt.rstrip()} {caption}".strip())  # a prompt's last word stays a word
+            self._captions.append(f"{prompt.rstrip()} {caption}".strip())  # the prompt's last word stays separate
         self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> CaptionItem:
-        """The sample of that number, as drawn this time."""
+        """The sample at an index, with a random augmentation."""
         return {"image": self._image(index), "caption": self._captions[index]}
 
 
 class CaptionEvalDataset(AnnotatedImages[CaptionItem]):
-    """An evaluation file's samples: `[{"image": path, "caption": [str, ...]}]`, one per image.
+    """The samples of an evaluation file, `[{"image": path, "caption": [str, ...]}]`, one per image.
 
-    The number of an image is the one at the end of its file's name. The captions to compare with come from the COCO
-    ground truth where that file exists, and else from the samples, which may have none (a test split).
+    The number at the end of a file name identifies the image. References come from the COCO ground truth file if it
+    exists, else from the samples, which may have none (a test split). `outside` allows images outside of `image_root`.
 
     Attributes:
-        references: captions by image number; empty where there are none.
+        references: number of an image -> captions; empty if there are none.
 
-    `outside` lets images lie outside of `image_root`.
-
-    Raises DataError like `CaptionTrainDataset`, and for numbers that are missing or there twice.
+    Raises:
+        DataError: as for `CaptionTrainDataset`, and if image numbers are missing or not unique.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class CaptionEvalDataset(AnnotatedImages[CaptionItem]):
             if number in numbers:
                 raise sample.error(
                     f"the image {image!r} has the number {number}, as has sample {numbers[number].number}. "
-                    "Results are told apart by these numbers: name the images otherwise."
+                    "Results need unique numbers: rename the images."
                 )
             numbers[number] = sample
         self._numbers = list(numbers)
@@ -116,11 +119,11 @@ class CaptionEvalDataset(AnnotatedImages[CaptionItem]):
         self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> CaptionItem:
-        """The image of that number in the file."""
+        """The image at an index of the file."""
         return {"image": self._image(index), "image_id": self._numbers[index]}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the data set without the images at these positions in the file."""
+        """Return the data set without the images at these indices."""
         result = narrowed(self, numbers, "_images", "_numbers")
         result.references = {number: self.references[number] for number in result._numbers if self.references}
         return result
@@ -138,7 +141,7 @@ def _references(samples: Mapping[int, Sample], ground_truth: Path) -> dict[int, 
         return {number: known[number] for number in samples}
     without = [sample for sample in samples.values() if "caption" not in sample.fields]
     if without and len(without) < len(samples):
-        raise without[0].error("it has no captions, and other samples have. Add them, or leave all out.")
+        raise without[0].error("it has no captions, but other samples do. Add them, or remove all.")
     return {} if without else {number: sample.texts("caption") for number, sample in samples.items()}
 
 
@@ -146,24 +149,24 @@ def image_number(sample: Sample, image: str) -> int:
     """Return the number at the end of an image's file name: 391895 of `val2014/COCO_val2014_000000391895.jpg`.
 
     Raises:
-        DataError: there is none, or one that is too long.
+        DataError: it has no number, or one of more than 18 digits.
     """
     found = _NUMBER_AT_END.search(PurePosixPath(image).stem)
     if not found:
         raise sample.error(
-            f"the image id is the number (of at most 18 digits) at the end of the file name; {image!r} has none. "
+            f"the image id is the number (at most 18 digits) at the end of the file name; {image!r} has none. "
             "Name the image like COCO_val2014_000000391895.jpg."
         )
     return int(found[0])
 
 
 def read_ground_truth(file: Path) -> dict[int, list[str]]:
-    """Return the captions by image number in a file of COCO's form.
+    """Return image number -> captions, from a file in COCO's format.
 
     That is `{"annotations": [{"image_id": int, "caption": str, "id": int}], "images": [{"id": int}]}`.
 
     Raises:
-        DataError: it is not of that form; the message names the annotation, counted from 0.
+        DataError: the file has another format; the message names the annotation, counted from 0.
     """
     content = read_json(file, DataError, "It may be cut off.", what="The ground truth", largest=LARGEST_DATA)
     annotations = content.get("annotations") if isinstance(content, dict) else None
@@ -183,20 +186,20 @@ def read_ground_truth(file: Path) -> dict[int, list[str]]:
 
 @dataclass(frozen=True)
 class CaptionCollator:
-    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+    """Collates items; a class, because workers need a picklable collator.
 
-    Texts are padded to the longest of the batch. The first token stays [CLS]: the model puts [DEC] there.
+    Texts are padded to the longest of the batch. The first token is [CLS]; the model replaces it by [DEC].
 
     Attributes:
         tokenizer: a BERT tokenizer.
-        prompt_length: how many tokens, [CLS] included, come before the words that are to be said.
+        prompt_length: tokens of the prompt, with [CLS].
     """
 
     tokenizer: Any
     prompt_length: int
 
     def __call__(self, items: Sequence[CaptionItem]) -> CaptionBatch:
-        """The items as one batch."""
+        """Return the items as one batch."""
         images = torch.stack([item["image"] for item in items])
         if "image_id" in items[0]:
             return {"images": images, "image_ids": torch.tensor([item["image_id"] for item in items])}
@@ -208,12 +211,12 @@ class CaptionCollator:
             return_tensors="pt",
         )
         ids, mask = text["input_ids"], text["attention_mask"]
-        labels = words_to_say(ids, mask, self.prompt_length)
+        labels = caption_labels(ids, mask, self.prompt_length)
         return {"images": images, "input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def words_to_say(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
-    """Return the labels of tokens [batch, tokens]: themselves, or -100 in the prompt and in padding."""
+def caption_labels(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+    """Return labels, [batch, tokens]: the token ids, and -100 in the prompt and in padding."""
     labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
     labels[:, :prompt_length] = IGNORED
     return labels

@@ -1,8 +1,7 @@
 """Formats conversations with the chat template and processor of a model, and finds the tokens of the answers.
 
-The template first renders a conversation with a placeholder for every answer, which separates its own text from that of
-the answers. This gives the exact positions of answers in the text; offsets of the tokenizer then give their tokens,
-also after images have replaced their placeholders.
+The template first renders the conversation with a placeholder for every answer. That gives the exact positions of
+answers in the text, and the tokenizer's offsets give their tokens, also after image placeholders are expanded.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from upop.errors import CheckpointError, DataError
 from upop.reading import read_object
 
 IGNORED = -100
-"""The label of a token that is no part of an answer."""
+"""Label of tokens outside of answers."""
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 _PADDED_WITH = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": IGNORED}
@@ -58,24 +57,24 @@ def conversation(row: Row, prompt: str, caption: int = 0) -> tuple[Turn, ...]:
         caption: which caption is the answer.
 
     Raises:
-        DataError: a question has marks <image>, and not as many as the row has images.
+        DataError: the number of <image> marks in a question differs from the row's number of images.
     """
     if row.kind == "messages":
         last = max(number for number, turn in enumerate(row.turns) if turn.role == "assistant")
         return row.turns[: last + 1]
     if row.kind == "question":
-        return (_asked(row, row.question), Turn("assistant", (row.answer,)))
+        return (_question(row, row.question), Turn("assistant", (row.answer,)))
     if row.kind == "caption":
-        return (_asked(row, prompt), Turn("assistant", (row.captions[caption % len(row.captions)],)))
+        return (_question(row, prompt), Turn("assistant", (row.captions[caption % len(row.captions)],)))
     return (Turn("assistant", (row.text,)),)
 
 
-def _asked(row: Row, text: str) -> Turn:
-    """Return a question, with its images at their marks, or before it."""
+def _question(row: Row, text: str) -> Turn:
+    """Return the turn of a question, with images at their marks, or in front."""
     parts = split_marks(text) if row.images else [text]
     marks = sum(part is IMAGE for part in parts)
     if marks and marks != len(row.images):
-        raise row.error(f"its question has {marks} marks <image>, and the row's images are {len(row.images)}.")
+        raise row.error(f"the question has {marks} marks <image>, and the row has {len(row.images)} images.")
     return Turn("user", tuple(parts) if marks else (*(IMAGE for _ in row.images), text))
 
 
@@ -83,13 +82,13 @@ class ChatFormat:
     """Turns conversations into batches for a model.
 
     Args:
-        processor: of transformers: of texts and images, or a tokenizer.
-        folder: the model's, whose config.json says whether it has an encoder of texts.
-        max_tokens: maximum tokens of a conversation, images included; longer texts are cut off, images are not.
+        processor: a processor or tokenizer of transformers.
+        folder: of the model; its config.json says whether it is an encoder-decoder.
+        max_tokens: maximum tokens of a conversation, images included; longer texts are truncated, images are not.
 
     Attributes:
         takes_images: whether the processor takes images.
-        style: "chat" (one sequence), "pair" (PaliGemma: a prompt and its answer) or "seq2seq" (Florence-2).
+        style: "chat" (one sequence), "pair" (PaliGemma: prompt and suffix) or "seq2seq" (Florence-2).
     """
 
     def __init__(self, processor: Any, folder: Path, max_tokens: int) -> None:
@@ -123,8 +122,8 @@ class ChatFormat:
             }
         return sorted(found)
 
-    def written(self, tokens: Tensor) -> list[str]:
-        """Decode generated tokens [batch, tokens], each up to its end token."""
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Decode generated tokens, [batch, tokens], each row up to its end token."""
         ends = set(self.ends)
         rows = [list(takewhile(lambda token: token not in ends, row)) for row in tokens.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
@@ -133,18 +132,17 @@ class ChatFormat:
         """Refuse a conversation that the model does not support.
 
         Raises:
-            DataError: it has images, or none, or several turns, and the model takes none, or one; or a text of it has
-                the model's mark of an image, which would be taken for one. The message says so.
+            DataError: the model does not take its number of images or turns, or a text contains the model's image
+                token.
         """
         images = sum(turn.images for turn in turns)
         mark = getattr(self.processor, "image_token", None) if self.takes_images else None
         if mark and any(mark in turn.text for turn in turns):
             raise row.error(
-                f"a text of it has {mark}, by which the model marks an image, and no image is meant. Write it "
-                "differently, or leave the row out."
+                f"a text contains {mark}, the model's token for an image. Write it differently, or leave the row out."
             )
         if images and not self.takes_images:
-            raise row.error(f"it has {images} images, and the model reads texts alone. Take a model that sees images.")
+            raise row.error(f"it has {images} images, and the model takes text only. Use a model that takes images.")
         if self.style == "chat":
             return
         name = type(self.processor).__name__.removesuffix("Processor")
@@ -154,12 +152,12 @@ class ChatFormat:
             raise row.error(f"it is a conversation of {len(turns)} turns, and a {name} takes a question and an answer.")
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return the arguments of the model's forward pass, with `labels` [batch, T]: the answers' tokens, others -100.
+        """Return the model's arguments, and "labels", [batch, tokens]: token ids in answers, -100 elsewhere.
 
-        Sequences are filled up at their end. Of "seq2seq" the labels are the decoder's own, [batch, answer tokens].
+        Sequences are padded on the right. Labels of style "seq2seq" are those of the decoder, [batch, answer tokens].
 
         Raises:
-            DataError: the processor takes a sample not, or an image lies beyond `max_tokens`; the message names it.
+            DataError: the processor rejects a sample, or an image lies beyond `max_tokens`; the message names it.
         """
         if self.style == "chat":
             return self._chat(samples)
@@ -167,8 +165,8 @@ class ChatFormat:
         answers = [each.turns[-1].text.strip() for each in samples]
         images = [list(each.images) for each in samples]
         if self.style == "pair":
-            asked = ["<image>" * len(each.images) + text for each, text in zip(samples, texts, strict=True)]
-            return self._cut(self._processed(samples, asked, images, suffix=answers), samples)
+            marked = ["<image>" * len(each.images) + text for each, text in zip(samples, texts, strict=True)]
+            return self._truncated(self._processed(samples, marked, images, suffix=answers), samples)
         found = self._processed(samples, texts, [image for each in images for image in each])
         whole = self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
         end = "" if whole else self.tokenizer.eos_token or ""
@@ -192,43 +190,50 @@ class ChatFormat:
         held = bool(bos) and all(text.startswith(bos) for text in texts)
         plain = self.template is None or any(each.row.kind == "text" for each in samples)
         special = plain or (self.takes_images and not held)
-        heard = _Heard()
-        with _listening(self.processor, self.tokenizer, heard):
+        tokenized = _Tokenized()
+        with _recording(self.processor, self.tokenizer, tokenized):
             images = [list(each.images) for each in samples]
-            found = self._processed(samples, texts, images if any(images) else None, heard, add_special_tokens=special)
+            found = self._processed(
+                samples, texts, images if any(images) else None, tokenized, add_special_tokens=special
+            )
         labels = torch.full_like(found["input_ids"], IGNORED)
         for place, (text, spans) in enumerate(rendered):
-            spans = moved(text, heard.texts[place], spans, getattr(self.processor, "image_token", None))
+            spans = expand_spans(text, tokenized.texts[place], spans, getattr(self.processor, "image_token", None))
             for start, end in spans:
-                offsets = heard.offsets[place]
+                offsets = tokenized.offsets[place]
                 touched = (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
                 if len(answer := touched.nonzero().flatten()):
-                    # All tokens between: those of space alone have no width where a tokenizer trims its offsets.
+                    # All tokens in between, too: whitespace has no width if the tokenizer trims offsets.
                     whole = slice(int(answer[0]), int(answer[-1]) + 1)
                     labels[place, whole] = found["input_ids"][place, whole]
         labels = labels.masked_fill(found["attention_mask"] == 0, IGNORED)
-        return self._cut({**found, "labels": labels}, samples)
+        return self._truncated({**found, "labels": labels}, samples)
 
     def _processed(
-        self, samples: Sequence[Sample], texts: list[str], images: Any, heard: _Heard | None = None, **options: Any
+        self,
+        samples: Sequence[Sample],
+        texts: list[str],
+        images: Any,
+        tokenized: _Tokenized | None = None,
+        **options: Any,
     ) -> dict[str, Tensor]:
         shared = {"padding": True, "padding_side": "right", "return_tensors": "pt", **options}
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the processor's own doings, which nobody here can change
+                warnings.simplefilter("ignore")  # warnings about the processor itself, which a user cannot fix
                 if self.takes_images:
                     found = self.processor(text=texts, images=images, **shared)
                 else:
-                    found = _Listener(self.tokenizer, heard or _Heard())(texts, **shared)
-        except Exception as error:  # processors check what they are given in ways of their own
+                    found = _Recorder(self.tokenizer, tokenized or _Tokenized())(texts, **shared)
+        except Exception as error:  # processors raise errors of any type
             places = " or ".join(dict.fromkeys(each.row.place for each in samples[:3]))
             more = "" if len(samples) <= 3 else f" or one of {len(samples) - 3} more"
             words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{places}{more}: the model's {type(self.processor).__name__} says: {words}") from error
+            raise DataError(f"{places}{more}: the model's {type(self.processor).__name__} failed: {words}") from error
         return {name: value for name, value in found.items() if isinstance(value, Tensor) and name != "offset_mapping"}
 
-    def _cut(self, found: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Cut off conversations at `max_tokens`, but never within an image."""
+    def _truncated(self, found: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Truncate conversations to `max_tokens`, but never within an image."""
         most = self.max_tokens
         if found["input_ids"].shape[1] <= most:
             return found
@@ -236,8 +241,8 @@ class ChatFormat:
         if token is not None and bool((beyond := (found["input_ids"][:, most:] == token).any(1)).any()):
             row = samples[int(beyond.nonzero()[0])].row
             raise row.error(
-                f"an image of it lies beyond {most} tokens, where conversations are cut off. Set max_tokens higher, "
-                "make images smaller, or leave the row out."
+                f"an image lies beyond {most} tokens, where conversations are truncated. Raise max_tokens, make images "
+                "smaller, or leave the row out."
             )
         return {name: value[:, :most] if name in _PER_TOKEN else value for name, value in found.items()}
 
@@ -270,19 +275,19 @@ class ChatFormat:
         if self.template is None:
             mark = str(getattr(self.processor, "image_token", "<image>"))
             end = self.tokenizer.eos_token or ""
-            said = [
+            texts = [
                 _PLAIN[turn.role]
                 + "".join(mark if part is IMAGE else str(part) for part in turn.parts)
                 + (end if turn.role == "assistant" else "")
                 for turn in turns
             ]
-            return said[0].removeprefix(_PLAIN["assistant"]) if len(said) == 1 else "\n".join(said)
+            return texts[0].removeprefix(_PLAIN["assistant"]) if len(texts) == 1 else "\n".join(texts)
         messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
         try:
             return str(self.processor.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # templates raise what they like, as "roles must alternate"
+        except Exception as error:  # templates raise their own errors, such as "roles must alternate"
             roles = ", ".join(turn.role for turn in turns)
-            raise DataError(f"The model's chat template refuses a conversation of {roles}: {error}") from error
+            raise DataError(f"The model's chat template rejects a conversation of {roles}: {error}") from error
 
     def _content(self, turn: Turn) -> Any:
         if not self.takes_images:
@@ -299,7 +304,7 @@ def _with_marks(turns: Sequence[Turn]) -> list[Turn]:
     return found
 
 
-def moved(text: str, expanded: str, spans: Sequence[tuple[int, int]], mark: str | None) -> list[tuple[int, int]]:
+def expand_spans(text: str, expanded: str, spans: Sequence[tuple[int, int]], mark: str | None) -> list[tuple[int, int]]:
     """Map spans of a text to their positions after image placeholders were expanded.
 
     Args:
@@ -310,7 +315,7 @@ def moved(text: str, expanded: str, spans: Sequence[tuple[int, int]], mark: str 
     """
     if text == expanded or not mark:
         return list(spans)
-    places: list[tuple[int, int]] = []  # of pieces between marks: where in the text, where in the expanded one
+    places: list[tuple[int, int]] = []  # start of each piece between marks, in the text and in the expanded one
     here = there = 0
     pieces = text.split(mark)
     for number, piece in enumerate(pieces):
@@ -325,35 +330,35 @@ def moved(text: str, expanded: str, spans: Sequence[tuple[int, int]], mark: str 
     return found
 
 
-class _Heard:
+class _Tokenized:
     """The last texts of a tokenizer, with the offsets of their tokens, [tokens, 2] each."""
 
     texts: Sequence[str]
     offsets: Tensor
 
 
-class _Listener:
+class _Recorder:
     """A tokenizer that records its inputs and the offsets of its tokens."""
 
-    def __init__(self, tokenizer: Any, heard: _Heard) -> None:
-        self._tokenizer, self._heard = tokenizer, heard
+    def __init__(self, tokenizer: Any, tokenized: _Tokenized) -> None:
+        self._tokenizer, self._tokenized = tokenizer, tokenized
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
         found = self._tokenizer(text, *args, **{**options, "return_offsets_mapping": True})
-        self._heard.texts, self._heard.offsets = text, torch.as_tensor(found.pop("offset_mapping"))
+        self._tokenized.texts, self._tokenized.offsets = text, torch.as_tensor(found.pop("offset_mapping"))
         return found
 
 
 @contextmanager
-def _listening(processor: Any, tokenizer: Any, heard: _Heard) -> Iterator[None]:
+def _recording(processor: Any, tokenizer: Any, tokenized: _Tokenized) -> Iterator[None]:
     """Record the inputs of a processor's tokenizer within the block."""
     if processor is tokenizer:
         yield
         return
-    processor.tokenizer = _Listener(tokenizer, heard)
+    processor.tokenizer = _Recorder(tokenizer, tokenized)
     try:
         yield
     finally:
@@ -375,7 +380,7 @@ def prompts(batch: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
     width = labels.shape[1]
     places = torch.arange(width, device=labels.device)
     last = torch.where(answer, places, -1).amax(1)
-    # An answer that was cut off whole: all that is left was said before it.
+    # If the whole answer was truncated, all that is left is the prompt.
     last = torch.where(last < 0, (places * batch["attention_mask"]).amax(1), last)
     others = torch.where(~answer & (places <= last[:, None]), places, -1).amax(1)  # the last one before the last answer
     lengths = [max(1, int(each) + 1) for each in others]

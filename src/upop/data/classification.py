@@ -1,7 +1,4 @@
-"""Image folders with the layout of ImageNet: `ROOT/{train,val,test}/CLASS/*.JPEG`, with any names and image formats.
-
-Classes are the folders, in alphabetical order.
-"""
+"""Image folders with ImageNet's layout, `ROOT/{train,val,test}/CLASS/*`; classes are in alphabetical order."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ from upop.errors import DataError, nearest
 from upop.sources import Sources
 
 _SHOWN = 5
-_DRAWS = 2**32  # seeds that numpy takes
-_ROUNDED_FROM = 100_000  # small sets would lose too much of an epoch to the published rounding
+_DRAWS = 2**32  # number of numpy's seeds
+_ROUNDED_FROM = 100_000  # the published rounding would drop too much of an epoch of a smaller set
 _ROUND = 256
 
 
 class ImageItem(TypedDict):
-    """One sample: its image [3, S, S], the number of its class, and, in training, a seed for its batch's mixing."""
+    """A sample: image, [3, size, size], class index, and in training a seed for mixing its batch."""
 
     image: Tensor
     label: int
@@ -38,7 +35,7 @@ class ImageItem(TypedDict):
 
 
 class ImageBatch(TypedDict):
-    """B samples: images [B, 3, S, S], labels int64 [batch], and, where images are mixed, shares of classes [B, C]."""
+    """Images, [batch, 3, size, size], labels, int64 [batch], and soft targets of mixed images, [batch, classes]."""
 
     images: Tensor
     labels: Tensor
@@ -46,11 +43,10 @@ class ImageBatch(TypedDict):
 
 
 def class_names(root: str | Path) -> list[str]:
-    """Return the names of the classes of a data set, in the order of their numbers: the folders in `train`, or else in
-    `val` or `test`.
+    """Return the class names of a data set, by index: the folders in `train`, or else in `val` or `test`.
 
     Raises:
-        DataError: there is no such folder, or none with folders in it.
+        DataError: there is no such folder, or it holds no folders.
     """
     root = Path(root)
     for split in ("train", "val", "test"):
@@ -63,21 +59,22 @@ class ImageFolderDataset(Dataset[ImageItem]):
     """The images of a split, class by class, in the order of their names.
 
     Args:
-        root: the folder that holds the splits.
+        root: the folder of the splits.
         split: "train", "val" or "test".
-        transform: from an image to a tensor; all random draws follow torch's generator.
-        training: whether samples carry seeds for the mixing of their batch.
-        classes: maximum number of classes of the model; None skips the check.
+        transform: image -> tensor; random draws use torch's generator.
+        training: whether samples have seeds for mixing their batch.
+        classes: number of classes of the model; None skips the check.
         outside: whether links may lead outside of `root`.
 
-    Hidden files and folders are ignored. Other files without an image extension are left out.
+    Hidden files and folders are ignored, and so are files without an image extension.
 
     Attributes:
         names: of the classes.
-        notes: remarks about files that were left out.
+        notes: remarks about ignored files.
 
-    Raises DataError, here for folders that are missing or empty, other classes than those of the training split, and
-    more of them than the model knows; on access for an image that cannot be read.
+    Raises:
+        DataError: folders are missing or empty, classes differ from the training split's, or there are more than the
+            model has; on access, an image cannot be read.
     """
 
     def __init__(
@@ -98,16 +95,16 @@ class ImageFolderDataset(Dataset[ImageItem]):
         if classes is not None and len(self.names) > classes:
             raise DataError(
                 f"{self.folder / self.names[classes]} has label {classes}, counted from 0 in the order of names, and "
-                f"the model is to know {classes} classes. There are {len(self.names)} folders: set classes to that, or "
-                "leave it out."
+                f"classes={classes} is set. There are {len(self.names)} folders: set classes to that number, or leave "
+                "it out."
             )
         found = self._listed(Bounds(root, outside=outside))
         empty = [name for name, listed in zip(self.names, found, strict=True) if not listed.images]
         if empty:
             raise DataError(
                 f"The class folder {self.folder / empty[0]} holds no image ({', '.join(ENDINGS)})"
-                f"{f', and neither do {len(empty) - 1} others' if len(empty) > 1 else ''}. Fill or remove it, in all "
-                "splits alike."
+                f"{f', and neither do {len(empty) - 1} others' if len(empty) > 1 else ''}. Fill it, or remove it from "
+                "all splits."
             )
         self._images = [(path, label) for label, listed in enumerate(found) for path in listed.images]
 
@@ -120,7 +117,7 @@ class ImageFolderDataset(Dataset[ImageItem]):
             raise DataError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
         if beside.images:
             count, first = len(beside.images), beside.images[0]
-            self.notes.append(f"Left out of {self.folder}: {count} images beside the class folders; one is {first}.")
+            self.notes.append(f"Left out of {self.folder}: {count} images outside of class folders, such as {first}.")
         if others := describe_others(found, self.folder):
             self.notes.append(others)
         return found
@@ -135,7 +132,7 @@ class ImageFolderDataset(Dataset[ImageItem]):
         return Sources((), {path.relative_to(self.folder).as_posix(): path for path in paths})
 
     def __getitem__(self, index: int) -> ImageItem:
-        """The sample of that number, as drawn this time."""
+        """The sample at an index, with a random augmentation in training."""
         path, label = self._images[index]
         opened = open_image(path, file=self.folder, number=index)
         if not self.training:
@@ -145,7 +142,7 @@ class ImageFolderDataset(Dataset[ImageItem]):
         return {"image": image, "label": label, "draw": int(torch.randint(_DRAWS, ()))}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the samples but for those of these numbers, to score the rest."""
+        """Return the data set without the samples at these indices."""
         return narrowed(self, numbers, "_images")
 
 
@@ -157,15 +154,15 @@ def _folders(root: Path, split: str) -> list[str]:
         place = root if root.is_dir() else root.parent
         near = nearest(split if root.is_dir() else root.name, _names(place))
         raise DataError(
-            f"The folder {folder} cannot be read{near}: {error.strerror or error}. Images are looked for in "
-            f"{root}/train/CLASS, {root}/val/CLASS and, if there is one, {root}/test/CLASS."
+            f"The folder {folder} cannot be read{near}: {error.strerror or error}. Images must be in "
+            f"{root}/train/CLASS, {root}/val/CLASS and, optionally, {root}/test/CLASS."
         ) from error
     names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
         images = sum(entry.suffix.lower() in ENDINGS for entry in entries)
         raise DataError(
-            f"{folder} holds no folder per class; it holds {images} images. Put the images of each class into a "
-            "folder with the class's name (ImageNet's validation images come without such folders)."
+            f"{folder} holds {images} images, but no class folders. Put the images of each class into a folder with "
+            "its name (ImageNet's validation images come without such folders)."
         )
     return names
 
@@ -181,23 +178,21 @@ def _check_same(folder: Path, found: Sequence[str], wanted: Sequence[str]) -> No
     """Check that all splits have the same class folders, whose order defines the labels."""
     lacking, unknown = (sorted(set(one) - set(other)) for one, other in ((wanted, found), (found, wanted)))
     if lacking or unknown:
-        described = [
+        differing = [
             f"{what} {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''} ({len(names)} in all)"
-            for what, names in (("lacks", lacking), ("has besides", unknown))
+            for what, names in (("lacks", lacking), ("adds", unknown))
             if names
         ]
         raise DataError(
-            f"The class folders of {folder} are not those of {folder.parent / 'train'}: it {' and '.join(described)}. "
+            f"The class folders of {folder} are not those of {folder.parent / 'train'}: it {' and '.join(differing)}. "
             "Every split needs the same folders."
         )
 
 
 class RepeatedSampler(Sampler[int]):
-    """Repeated augmentation: an epoch has `repeats` differently augmented copies of a part of the samples, and the same
-    length as without repetition.
+    """Repeated augmentation: an epoch has `repeats` augmented copies of some samples, and its usual length.
 
-    A copy of a sample is the number sample + copy * samples. Epochs differ, and do not depend on the number of
-    processes.
+    Copies have the index sample + copy * samples. Epochs differ, but do not depend on the number of processes.
     """
 
     def __init__(self, samples: Dataset[ImageItem], repeats: int, seed: int) -> None:
@@ -208,15 +203,15 @@ class RepeatedSampler(Sampler[int]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next."""
+        """Set the next epoch."""
         self._library.set_epoch(hash((self._seed, epoch)) & 0x7FFF_FFFF_FFFF_FFFF)
 
     def __len__(self) -> int:
-        """Samples of an epoch, copies counted."""
+        """The number of samples in an epoch, copies included."""
         return len(self._library)
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of an epoch."""
+        """Yield the indices of an epoch."""
         seen: Counter[int] = Counter()
         for sample in self._library:
             yield sample + seen[sample] * self._count
@@ -225,16 +220,16 @@ class RepeatedSampler(Sampler[int]):
 
 @dataclass(frozen=True)
 class ImageCollator:
-    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+    """Collates items; a class, because workers need a picklable collator.
 
     Attributes:
-        mixing: mixes the images of batches that carry seeds; None leaves them alone.
+        mixing: mixes the images of training batches; None leaves them unchanged.
     """
 
     mixing: Mixing | None = None
 
     def __call__(self, items: Sequence[ImageItem]) -> ImageBatch:
-        """The items as one batch."""
+        """Return the items as one batch."""
         images = torch.stack([item["image"] for item in items])
         labels = torch.tensor([item["label"] for item in items])
         if self.mixing is None or "draw" not in items[0]:

@@ -21,7 +21,7 @@ from upop.errors import SettingError
 from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Images
 
 POLICY = "rand-m9-mstd0.5-inc1"
-"""RandAugment as DeiT is trained with."""
+"""DeiT's RandAugment policy, by timm's name."""
 
 CropInterpolation = Literal["bicubic", "bilinear", "random"]
 Erasing = Literal["const", "rand", "pixel"]
@@ -34,10 +34,10 @@ class Augmentation:
 
     Attributes:
         policy: timm's name of a policy, such as `POLICY`; None for colour jitter alone.
-        color_jitter: strength of the jitter of brightness, contrast and saturation; policies take its place.
+        color_jitter: strength of the jitter of brightness, contrast and saturation, without a policy.
         interpolation: of the crops.
-        erasing: probability that a rectangle is erased.
-        erasing_mode: its content: zeros, one random colour, or random pixels.
+        erasing: probability of random erasing.
+        erasing_mode: content of the erased rectangle: zeros, one random colour, or random pixels.
         erasing_count: maximum number of rectangles.
     """
 
@@ -50,17 +50,17 @@ class Augmentation:
 
 
 IMAGENET = Images(IMAGENET_MEAN, IMAGENET_STD, resize="crop", crop_ratio=0.875)
-"""As DeiT is evaluated."""
+"""Preparation of images in DeiT's evaluation."""
 _CROP_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
 
 
 def train_transform(image_size: int, augmentation: Augmentation, images: Images = IMAGENET) -> ImageTransform:
     """Return the transform of training: a random crop (8 to 100 % of the area) and flip, then the augmentation.
 
-    `images` says how colours are normalised.
+    `images` gives mean and standard deviation.
 
     Raises:
-        SettingError: timm knows no such policy.
+        SettingError: timm has no such policy.
     """
     try:
         transform: Any = create_transform(
@@ -75,10 +75,10 @@ def train_transform(image_size: int, augmentation: Augmentation, images: Images 
             mean=images.mean,
             std=images.std,
         )
-    except Exception as error:  # timm asserts, or fails to look a name up
+    except Exception as error:  # timm raises errors of several types
         raise SettingError(
-            f"auto_augment={augmentation.policy!r} is no policy that timm knows ({error or type(error).__name__}). "
-            f"Take {POLICY}, original, v0, or null for none."
+            f"auto_augment={augmentation.policy!r} is not a policy of timm ({error or type(error).__name__}). "
+            f"Use {POLICY}, original, v0, or null for none."
         ) from error
     for step in transform.transforms:
         if type(step) is RandomResizedCropAndInterpolation:
@@ -97,7 +97,7 @@ def _operations(step: Any) -> list[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """Posterize as timm does, also to 0 bits at the highest level, which Pillow 13 refuses."""
+    """Posterize like timm, and also to 0 bits, which its highest level needs and Pillow 13 rejects."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     posterized: Image.Image = posterize(image, bits, **kwargs)
@@ -110,7 +110,7 @@ class _Crop(RandomResizedCropAndInterpolation):
     def __call__(self, image: Image.Image) -> Image.Image:
         """The crop, of the requested size."""
         top, left, height, width = self.get_params(image, self.scale, self.ratio)  # type: ignore[no-untyped-call]
-        # Of an image of a few pixels, timm draws crops that have none.
+        # For images of a few pixels, timm may draw empty crops.
         crop = (min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1))
         several = isinstance(self.interpolation, (tuple, list))
         return resized_crop(
@@ -119,9 +119,9 @@ class _Crop(RandomResizedCropAndInterpolation):
 
 
 def eval_transform(image_size: int, images: Images = IMAGENET) -> ImageTransform:
-    """Return the transform of evaluation: the short side becomes image_size / crop_ratio, the middle is cut out.
+    """Return the transform of evaluation: by default the short side becomes image_size / crop_ratio; a centre crop.
 
-    Unless `images` asks for another way to resize.
+    `images` may choose another way to resize.
     """
     return cast(
         ImageTransform,
@@ -131,7 +131,7 @@ def eval_transform(image_size: int, images: Images = IMAGENET) -> ImageTransform
             interpolation=images.interpolation,
             mean=images.mean,
             std=images.std,
-            crop_pct=image_size / (images.resized_to(image_size) + 0.5),  # which timm rounds down
+            crop_pct=image_size / (images.resized_to(image_size) + 0.5),  # timm rounds down
             crop_mode=_CROP_MODES[images.resize],
         ),
     )
@@ -139,17 +139,17 @@ def eval_transform(image_size: int, images: Images = IMAGENET) -> ImageTransform
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes every image of a batch with another one, by weights (mixup) or with a rectangle of it (cutmix).
+    """Mixup and cutmix of training batches.
 
     Attributes:
         classes: number of classes.
-        mixup: alpha of the distribution of weights; 0 leaves mixup out.
-        cutmix: alpha of the distribution of areas; 0 leaves cutmix out.
+        mixup: mixup alpha; 0 turns it off.
+        cutmix: cutmix alpha; 0 turns it off.
         cutmix_minmax: smallest and largest side of the rectangle as shares of the image's, instead of `cutmix`.
-        probability: that a batch is mixed at all.
+        probability: of mixing a batch.
         switch: probability of cutmix if both are on.
         mode: whether weights are drawn per batch, pair or element.
-        smoothing: share of every target that is spread over all classes.
+        smoothing: label smoothing.
     """
 
     classes: int
@@ -163,16 +163,16 @@ class Mixing:
 
     @property
     def active(self) -> bool:
-        """Whether anything is mixed."""
+        """Whether mixup or cutmix is on."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return mixed images and shares of classes [batch, classes]; B is even, and `images` is changed.
+        """Return mixed images and soft targets, [batch, classes].
 
         Args:
-            images: [batch, 3, size, size].
-            labels: numbers of classes, [batch].
-            seed: of all that is drawn.
+            images: [batch, 3, size, size], with an even batch; changed in place.
+            labels: class indices, [batch].
+            seed: of all random draws.
         """
         library: Any = Mixup(
             mixup_alpha=self.mixup,

@@ -1,4 +1,4 @@
-"""Assigns roles (image, question, answer, ...) to the columns of a table, as stated or by usual names."""
+"""Assigns roles (image, question, answer, ...) to the columns of a table, as given or by common names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "labels", "class", "category", "cls", "target"),
     "text": ("text", "content", "document"),
 }
-"""What a column may be -> the names that it usually has, likeliest first."""
+"""Role of a column -> common names, likeliest first."""
 
 KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ("image",)),
@@ -30,7 +30,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "label": (("image", "label"), ()),
     "text": (("text",), ()),
 }
-"""Kind of sample -> the columns that it needs, and those that it may have."""
+"""Kind of sample -> required and optional roles."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ def find_columns(table: Table, kinds: Sequence[str], stated: Mapping[str, str]) 
         stated: role -> column, as given by the user.
 
     Raises:
-        SettingError: a role is not known, or none of the kinds has it.
-        DataError: a stated column is not there, or no kind has all of its columns; the message has those that
-            are there, and the nearest names.
+        SettingError: a role is unknown, or none of the kinds has it.
+        DataError: a given column does not exist, or every kind lacks a required one; the message lists the columns and
+            the nearest names.
     """
     roles = {role for kind in kinds for part in KINDS[kind] for role in part}
     for role, column in stated.items():
         if role not in roles:
             near = nearest(role, sorted(roles))
             raise SettingError(
-                f"--column {role}={column}: {role!r} is nothing that a row has here{near}; known are "
+                f"--column {role}={column}: {role!r} is not a role of a column here{near}; known are "
                 f"{', '.join(sorted(roles))}."
             )
         if column not in table.columns:
@@ -85,19 +85,19 @@ def _usual(table: Table, role: str) -> str | None:
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _missing(table: Table, kinds: Sequence[str], described: Mapping[str, str]) -> str:
+def _missing(table: Table, kinds: Sequence[str], stated: Mapping[str, str]) -> str:
     """Describe the missing roles, with the nearest columns."""
     ways = []
     for kind in kinds:
         needed, allowed = KINDS[kind]
-        if not set(described) <= {*needed, *allowed}:
+        if not set(stated) <= {*needed, *allowed}:
             continue
-        lacking = [role for role in needed if role not in described and _usual(table, role) is None]
+        lacking = [role for role in needed if role not in stated and _usual(table, role) is None]
         near = {role: found for role in lacking if (found := nearest(role, table.columns))}
         hint = "".join(f"; {role}{found}" for role, found in near.items())
         ways.append(f"{' + '.join(needed)} (lacks {', '.join(lacking)}{hint})")
-    wanted = "\n  ".join(ways) or f"none of these kinds has all of {', '.join(described)}: {', '.join(kinds)}"
+    wanted = "\n  ".join(ways) or f"none of these kinds has all of {', '.join(stated)}: {', '.join(kinds)}"
     return (
-        f"{table.source} has the columns {some_of(table.columns, 20)}, and its rows are taken for no kind of sample:\n"
-        f"  {wanted}\nSay which column is what, as in --column answer=NAME."
+        f"{table.source} has the columns {some_of(table.columns, 20)}, which fit no kind of sample:\n"
+        f"  {wanted}\nAssign roles to columns, as in --column answer=NAME."
     )

@@ -1,4 +1,4 @@
-"""Groups samples of similar length into batches, in another order in every epoch, to reduce padding."""
+"""Batches samples of similar length, in a different order in every epoch, to reduce padding."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.utils.data import Sampler
 from upop.data.images import opened
 
 IMAGE_TOKENS = 256
-"""What an image counts where the model's processor does not say."""
+"""Estimated tokens of an image, if the model's processor does not state them."""
 _PROBED = ((64, 64), (480, 640), (1600, 1200), (100, 2000))
-"""Heights and widths of images; where all of them become as many tokens, images are not looked at."""
+"""Heights and widths of probe images; if all give equally many tokens, the images themselves are not opened."""
 _MOST, _FEWEST, _PARTS = 128, 16, 8
-"""At most 128 batches are drawn at random and then sorted by length, and fewer where an epoch would have fewer than 8
-such draws, but not below 16 batches: what is in a batch differs from epoch to epoch. With lengths as conversations have
-them (log-normal, spread 0.8), batches of 8 are 2.6 % padding; by 32 batches it were 10 %, without sorting 61 %."""
+"""Batches that are drawn together and sorted by length: at most 128, and at least 16, if an epoch would have fewer
+than 8 such draws. So batches differ between epochs. With the lengths of conversations (log-normal, spread 0.8), batches
+of 8 have 2.6 % padding; with 32 batches it were 10 %, without sorting 61 %."""
 
 
 class LengthSampler(Sampler[int]):
-    """Yields all sample numbers of an epoch, so that neighbours have similar lengths.
+    """Yields all indices of an epoch, ordered so that batches have similar lengths.
 
     Args:
         lengths: of the samples.
-        batch: number of neighbours with similar lengths.
+        batch: batch size.
         seed: random seed.
     """
 
@@ -35,7 +35,7 @@ class LengthSampler(Sampler[int]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next."""
+        """Set the next epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class LengthSampler(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of an epoch."""
+        """Yield the indices of an epoch."""
         drawn = torch.Generator().manual_seed(hash((self._seed, self._epoch)) & 0x7FFF_FFFF_FFFF_FFFF)
         order = torch.randperm(len(self), generator=drawn).tolist()
         size = self._batch * min(_MOST, max(_FEWEST, len(self) // (self._batch * _PARTS)))

@@ -1,7 +1,7 @@
 """Finds and opens images: which files are images, where they may be, and their conversion to RGB.
 
-The first bytes determine the format, not the name. Only `FORMATS` are opened, from regular files, up to a size limit:
-no reader that starts another program (PostScript), no pipe that would block, no image with more pixels than memory.
+The first bytes determine the format, not the name. Only regular files in `FORMATS` are opened, up to a size limit. That
+excludes readers that start other programs (PostScript), pipes that would block, and images larger than memory.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from upop.errors import BadImageError, DataError
 from upop.reading import regular_file
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""What Pillow calls the kinds of images that are opened."""
+"""Formats that are opened, by Pillow's names."""
 ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
 )
-"""How the names of images end, in upper or lower case, where a folder is looked through."""
+"""Extensions of images in a folder, in lower or upper case."""
 MOST_PIXELS = 89_478_485
-"""From where Pillow speaks of a decompression bomb."""
+"""Pillow's limit for decompression bombs."""
 _MOST_BYTES = 2**29
-_LONGEST_SHAPE = 1000  # times its short side: an image's short side is resized to that of the model
+_LONGEST_SHAPE = 1000  # largest aspect ratio, because the short side is resized to the model's
 _SHOWN = 3
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -45,7 +45,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation -> what brings the stored image upright."""
+"""EXIF orientation -> transpose that turns the stored image upright."""
 
 
 @contextmanager
@@ -56,17 +56,17 @@ def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
         source: the file, or its content.
 
     Raises:
-        OSError, ValueError: it is no regular file, of another format, or too large.
+        OSError, ValueError: it is not a regular file, has another format, or is too large.
         Exception: errors of Pillow's decoders, here or when the image is used.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else regular_file(source) as file:
         size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
         if size > _MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, and {_MOST_BYTES:,} are the most")
+            raise ValueError(f"it has {size:,} bytes, and the limit is {_MOST_BYTES:,}")
         try:
             image = Image.open(file, formats=_formats())
         except UnidentifiedImageError:
-            raise ValueError(f"it is no image of a kind that is read ({', '.join(FORMATS)})") from None
+            raise ValueError(f"it is not an image in a supported format ({', '.join(FORMATS)})") from None
         with image:
             _check_size(*image.size)
             yield image
@@ -75,12 +75,12 @@ def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # older Pillows know fewer
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions of Pillow have fewer
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise ValueError(f"it has {width:,} x {height:,} pixels, and {MOST_PIXELS:,} in all are the most")
+        raise ValueError(f"it has {width:,} x {height:,} pixels, and the limit is {MOST_PIXELS:,} in all")
     if max(width, height) > _LONGEST_SHAPE * min(width, height):
         raise ValueError(f"it has {width:,} x {height:,} pixels: one side is over {_LONGEST_SHAPE} times the other")
 
@@ -92,7 +92,7 @@ def open_image(path: str | Path, *, file: Path, number: int, upright: bool = Tru
     orientation, unless `upright` is False.
 
     Raises:
-        BadImageError: it cannot be read; the message names the image and the sample of the file that asks for it.
+        BadImageError: it cannot be read; the message names the image, and the file and sample that refer to it.
     """
     try:
         return read_rgb(path, upright=upright)
@@ -100,7 +100,7 @@ def open_image(path: str | Path, *, file: Path, number: int, upright: bool = Tru
         reason = str(error) or type(error).__name__
         raise BadImageError(
             f"{file}, sample {number}: the image {path} cannot be read: {reason}. "
-            "It may be cut off or no image at all; fetch it again.",
+            "It may be truncated or not an image; fetch it again.",
             str(path),
             str(file),
             number,
@@ -119,20 +119,20 @@ def read_rgb(source: str | Path | bytes, *, upright: bool = True) -> Image.Image
 def _as_rgb(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode in _SIXTEEN_BITS or (mode == "I" and image.format == "PPM"):
-        # Pillow would make everything above 255 white.
+        # Pillow would clip values above 255 to white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
-        raise ValueError(f"it holds 32-bit numbers (mode {mode}), whose black and white are unknown; save 8 or 16 bits")
+        raise ValueError(f"it has 32-bit values (mode {mode}) of unknown range; save it with 8 or 16 bits")
     if mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # Pillow warns of what is lost on the straight way
+        image = image.convert("RGBA")  # avoids a warning of Pillow about lost transparency
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image that has been read; 1, upright, where there is none or it is damaged."""
+    """Return the EXIF orientation of an image that has been read; 1, upright, if it is missing or damaged."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # an image with broken notes is still an image
+    except Exception:  # damaged EXIF data do not make the image unreadable
         return 1
 
 
@@ -158,12 +158,12 @@ class Bounds:
 
 @dataclass
 class Listed:
-    """The files of a folder, and of those in it.
+    """The files of a folder and its subfolders.
 
     Attributes:
-        images: those whose names end like images', folder by folder, in the order of their names.
-        others: other files, ending -> how many.
-        example: one of them.
+        images: files with an image extension, folder by folder, sorted by name.
+        others: extension of other files -> their number.
+        example: one of the other files.
     """
 
     images: list[str] = field(default_factory=list)
@@ -175,7 +175,7 @@ def list_images(folder: Path, bounds: Bounds, endings: Sequence[str] = ENDINGS, 
     """Return the images below a folder, without hidden files.
 
     Args:
-        folder: to scan; each folder once, even with several links to it.
+        folder: to scan; each folder is scanned once, even if several links lead to it.
         bounds: limits where links may lead.
         endings: file extensions of images, in lower case.
         deep: whether to scan subfolders.
@@ -206,7 +206,7 @@ def list_images(folder: Path, bounds: Bounds, endings: Sequence[str] = ENDINGS, 
                 elif os.path.splitext(entry.name)[1].lower() in endings:  # noqa: PTH122 - a tenth of Path's time
                     names.append(entry.name)
                 else:
-                    listed.others[os.path.splitext(entry.name)[1] or "no ending"] += 1  # noqa: PTH122
+                    listed.others[os.path.splitext(entry.name)[1] or "no extension"] += 1  # noqa: PTH122
                     listed.example = min(entry.path, listed.example or entry.path)
         found.append((place, sorted(names)))
     for place, names in sorted(found):
@@ -218,20 +218,20 @@ def _check_link(path: str, bounds: Bounds) -> None:
     real = bounds.beyond(path)
     if real:
         raise DataError(
-            f"{path} is a link to {real}, outside of the data's folder. Name that folder, or allow it with "
+            f"{path} is a link to {real}, outside of the data folder. Give that folder, or allow it with "
             "--allow-outside (allow_outside: true)."
         )
 
 
 def describe_others(listed: Sequence[Listed], place: Path, endings: Sequence[str] = ENDINGS) -> str:
-    """Describe the files that were left out for lack of an image extension; "" without any."""
+    """Describe the files that were ignored because they have no image extension; "" without any."""
     others: Counter[str] = sum((each.others for each in listed), Counter())
     if not others:
         return ""
     kinds = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(_SHOWN))
-    more = f" and {len(others) - _SHOWN} other endings" if len(others) > _SHOWN else ""
+    more = f" and {len(others) - _SHOWN} more extensions" if len(others) > _SHOWN else ""
     example = next(each.example for each in listed if each.example)
     return (
-        f"Left out of {place}: {others.total()} files whose names do not end in {', '.join(endings)}. They end in "
-        f"{kinds}{more}; one is {example}."
+        f"Left out of {place}: {others.total()} files without the extension {', '.join(endings)}. Theirs are "
+        f"{kinds}{more}; one file is {example}."
     )

@@ -21,7 +21,7 @@ LABELS = ("False", "True")
 
 
 class NlvrItem(TypedDict):
-    """One sample: two images [3, H, W], the cleaned sentence, and its label: 1 (true of them) or 0."""
+    """A sample: two images, [3, height, width], the cleaned sentence, and its label, 1 (true) or 0."""
 
     image0: Tensor
     image1: Tensor
@@ -30,7 +30,7 @@ class NlvrItem(TypedDict):
 
 
 class NlvrBatch(TypedDict):
-    """B samples: images [2B, 3, H, W], first all left ones, then all right ones; the rest int64 [batch, ...]."""
+    """Images, [2 * batch, 3, height, width], all left ones first; token ids, mask and labels, int64 [batch, ...]."""
 
     images: Tensor
     input_ids: Tensor
@@ -39,14 +39,14 @@ class NlvrBatch(TypedDict):
 
 
 class NlvrDataset(Dataset[NlvrItem]):
-    """An annotation file's samples: `[{"sentence": str, "label": "True"|"False", "images": [str, str]}]`.
+    """The samples of an annotation file, `[{"sentence": str, "label": "True"|"False", "images": [str, str]}]`.
 
-    The paths of images start from `image_root`. With `swap` (training), the two images change places with
-    probability 1/2, and the words left and right in the sentence with them; chance comes from torch's
-    generator. `outside` lets images lie outside of `image_root`.
+    Image paths are relative to `image_root`; `outside` allows images elsewhere. With `swap` (training), the two images
+    are swapped with probability 1/2, and so are the words left and right in the sentence. Random draws use torch's
+    generator.
 
-    Raises DataError, here for anything that is wrong with the annotation file or an image that is missing,
-    and on access for an image that cannot be read.
+    Raises:
+        DataError: the annotation file is not valid or an image is missing; on access, an image cannot be read.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class NlvrDataset(Dataset[NlvrItem]):
         )
 
     def __getitem__(self, index: int) -> NlvrItem:
-        """The sample of that number, as drawn this time."""
+        """The sample at an index, with a random augmentation."""
         sentence, (first, second) = self._sentences[index], self._images[index]
         if self.swap and torch.rand(()) < 0.5:
             sentence, first, second = swap_left_right(sentence), second, first
@@ -100,7 +100,7 @@ class NlvrDataset(Dataset[NlvrItem]):
         }
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the samples but for those of these numbers, to score the rest."""
+        """Return the data set without the samples at these indices."""
         return narrowed(self, numbers, "_sentences", "_labels", "_images")
 
     def _load(self, index: int, image: str) -> Tensor:
@@ -109,16 +109,16 @@ class NlvrDataset(Dataset[NlvrItem]):
 
 @dataclass(frozen=True)
 class NlvrCollator:
-    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+    """Collates items; a class, because workers need a picklable collator.
 
-    Texts are padded to the longest of the batch. The first token stays [CLS]: the model puts [ENC] there.
+    Texts are padded to the longest of the batch. The first token is [CLS]; the model replaces it by [ENC].
     """
 
     tokenizer: Any
     max_length: int | None = None
 
     def __call__(self, items: Sequence[NlvrItem]) -> NlvrBatch:
-        """The items as one batch."""
+        """Return the items as one batch."""
         text = self.tokenizer(
             [item["sentence"] for item in items],
             padding="longest",
@@ -136,5 +136,5 @@ class NlvrCollator:
 
 
 def collate_nlvr(tokenizer: Any, max_length: int | None = None) -> NlvrCollator:
-    """The collate function for an NlvrDataset; cuts sentences to max_length tokens if that is given."""
+    """Return the collate function of an `NlvrDataset`; it truncates sentences to max_length tokens, if given."""
     return NlvrCollator(tokenizer, max_length)

@@ -1,4 +1,4 @@
-"""Retrieval (COCO, Flickr30K): an image with one caption to train on, images with all captions to search."""
+"""Retrieval (COCO, Flickr30K): image-caption pairs in training, images with all captions in evaluation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 
 TEXT_TOKENS = 35
-"""Longest caption, in tokens."""
+"""Maximum tokens of a caption."""
 
 
 class RetrievalItem(TypedDict):
-    """An image [3, S, S] and the number of the image; in training also one of its captions, cleaned."""
+    """An image, [3, size, size], and its number; in training also a cleaned caption."""
 
     image: Tensor
     number: int
@@ -28,12 +28,12 @@ class RetrievalItem(TypedDict):
 
 
 class RetrievalPairs(AnnotatedImages[RetrievalItem]):
-    """Training pairs: `[{"image": path, "caption": str, "image_id": str}]`; pairs of one image_id belong together.
+    """Training pairs, `[{"image": path, "caption": str, "image_id": str}]`; pairs with one image_id are positives.
 
-    The paths of images start from `image_root`, and with `outside` may leave it.
+    Image paths are relative to `image_root`; `outside` allows images elsewhere.
 
-    Raises DataError, here for anything that is wrong with the annotation file or an image that is missing, and on
-    access for an image that cannot be read.
+    Raises:
+        DataError: the annotation file is not valid or an image is missing; on access, an image cannot be read.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RetrievalPairs(AnnotatedImages[RetrievalItem]):
         self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> RetrievalItem:
-        """The pair of that number, as drawn this time."""
+        """The pair at an index, with a random augmentation."""
         return {
             "image": self._image(index),
             "number": self._numbers[index],
@@ -61,15 +61,16 @@ class RetrievalPairs(AnnotatedImages[RetrievalItem]):
 
 
 class RetrievalGallery(AnnotatedImages[RetrievalItem]):
-    """Images with all their captions: `[{"image": path, "caption": [str, ...]}]`; items are the images alone.
+    """Images with all their captions, `[{"image": path, "caption": [str, ...]}]`; its items are the images.
 
-    With `outside`, images may lie outside of `image_root`.
-
-    Raises DataError as `RetrievalPairs` does, and for an image without captions.
+    `outside` allows images outside of `image_root`.
 
     Attributes:
         texts: all captions, cleaned, image by image.
-        image_of_text: the number of each caption's image, [texts].
+        image_of_text: index of each caption's image, [texts].
+
+    Raises:
+        DataError: as for `RetrievalPairs`, and if an image has no captions.
     """
 
     def __init__(
@@ -88,11 +89,11 @@ class RetrievalGallery(AnnotatedImages[RetrievalItem]):
         self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> RetrievalItem:
-        """The image of that number."""
+        """The image at an index."""
         return {"image": self._image(index), "number": index % len(self)}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the gallery but for the images of these numbers and their texts; the rest is numbered anew."""
+        """Return the gallery without the images at these indices and their texts, renumbered."""
         result = narrowed(self, numbers, "_images")
         owners = self.image_of_text.tolist()
         texts = [(text, owner) for text, owner in zip(self.texts, owners, strict=True) if owner not in numbers]
@@ -104,17 +105,17 @@ class RetrievalGallery(AnnotatedImages[RetrievalItem]):
 
 @dataclass(frozen=True)
 class RetrievalCollator:
-    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+    """Collates items; a class, because workers need a picklable collator.
 
-    The batch holds images [B, 3, S, S] and ids [batch] (numbers of the images); of training pairs also input_ids and
-    attention_mask, [batch, tokens], padded to the longest caption.
+    A batch has images, [batch, 3, size, size], and ids, the numbers of the images, [batch]; in training also input_ids
+    and attention_mask, [batch, tokens], padded to the longest caption.
     """
 
     tokenizer: Any
     max_length: int = TEXT_TOKENS
 
     def __call__(self, items: Sequence[RetrievalItem]) -> dict[str, Tensor]:
-        """The items as one batch."""
+        """Return the items as one batch."""
         batch = {
             "images": torch.stack([item["image"] for item in items]),
             "ids": torch.tensor([item["number"] for item in items]),
@@ -123,7 +124,7 @@ class RetrievalCollator:
         return {**batch, **self.tokenize(captions)} if captions else batch
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """Texts as input_ids and attention_mask, [texts, T]."""
+        """Return input_ids and attention_mask of texts, [texts, tokens]."""
         words = self.tokenizer(
             texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
         )

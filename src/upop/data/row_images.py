@@ -1,4 +1,4 @@
-"""Samples with an image, made of rows: an image with its captions, or with its class."""
+"""Data sets of images from rows: with captions, or with class labels."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Processor(Protocol):
     """Makes a model's inputs, as `upop.checkpoints.processors` does."""
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return the inputs that images become."""
+        """Return the model's inputs for images."""
         ...
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the inputs that texts become."""
+        """Return the model's inputs for texts."""
         ...
 
 
 class ImageSample(TypedDict):
-    """An image, its number, and its caption or its class where there is one."""
+    """An image and its number, with a caption or a class label."""
 
     image: Image.Image
     number: int
@@ -48,16 +48,16 @@ class ImageSample(TypedDict):
 
 @dataclass(frozen=True)
 class CropAtRandom:
-    """Cuts a random part out of an image, and flips every second one where the crop is strong.
+    """A random crop; strong crops are also flipped with probability 1/2.
 
-    Mild crops (90 to 100 % of the area, as in open_clip) keep what captions say of places; strong ones (20 to 100 %)
-    are for classes.
+    Mild crops (90 to 100 % of the area, as in open_clip) keep captions true; strong ones (20 to 100 %) are for class
+    labels.
     """
 
     kind: Crop
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The part, drawn by torch's random numbers."""
+        """Return the crop; random draws use torch's generator."""
         place = RandomResizedCrop.get_params(image, list(_AREAS[self.kind]), [3 / 4, 4 / 3])
         top, left, height, width = place
         part = image.crop((left, top, left + width, top + height))
@@ -66,16 +66,16 @@ class CropAtRandom:
 
 
 def unchanged(image: Image.Image) -> Image.Image:
-    """The image."""
+    """Return the image."""
     return image
 
 
 class CaptionedImages(Dataset[ImageSample]):
-    """Images with one of their captions each, drawn anew every time.
+    """Images, each with one of its captions, drawn at random.
 
     Args:
         rows: of kind "caption".
-        transform: changes an image before it is processed.
+        transform: applied before the processor.
     """
 
     def __init__(self, rows: Rows, transform: ImageChange = unchanged) -> None:
@@ -87,7 +87,7 @@ class CaptionedImages(Dataset[ImageSample]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> ImageSample:
-        """The row of that number, as drawn this time."""
+        """The sample at an index, with a random caption and augmentation."""
         row = self.rows[index]
         caption = row.captions[int(torch.randint(len(row.captions), ()))]
         return {"image": self.transform(_only_image(row)), "number": index, "caption": caption}
@@ -98,14 +98,14 @@ class CaptionedImages(Dataset[ImageSample]):
 
 
 class ImageGallery(Dataset[ImageSample]):
-    """Images with all their captions; rows that name the same file are one image. Items are the images alone.
+    """Images with all their captions; its items are the images. Rows with the same file are one image.
 
     Args:
         rows: of kind "caption".
 
     Attributes:
         texts: all captions, image by image.
-        image_of_text: the number of each caption's image, [texts].
+        image_of_text: index of each caption's image, [texts].
     """
 
     transform: ImageChange = staticmethod(unchanged)
@@ -145,7 +145,7 @@ class ImageGallery(Dataset[ImageSample]):
         return self.rows.sources()
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the gallery but for the images of these numbers and their texts; the rest is numbered anew."""
+        """Return the gallery without the images at these indices and their texts, renumbered."""
         kept = [number for number in range(len(self)) if number not in numbers]
         result = copy.copy(self)
         result._rows = [self._rows[number] for number in kept]
@@ -154,18 +154,18 @@ class ImageGallery(Dataset[ImageSample]):
 
 
 class LabelledImages(Dataset[ImageSample]):
-    """Images with the number of their class.
+    """Images with class labels.
 
     Args:
         rows: of kind "label".
-        transform: changes an image before it is processed.
-        classes: names of the classes as the model numbers them; by default as the rows do.
+        transform: applied before the processor.
+        classes: class names in the model's order; by default in that of the rows.
 
     Attributes:
-        names: of the classes, by their numbers.
+        names: class names, by index.
 
     Raises:
-        DataError: the rows have a class that the model does not have.
+        DataError: the rows have a class that the model lacks.
     """
 
     def __init__(self, rows: Rows, transform: ImageChange = unchanged, classes: Sequence[str] | None = None) -> None:
@@ -176,8 +176,8 @@ class LabelledImages(Dataset[ImageSample]):
         unknown = [name for name in rows.names if name not in place]
         if unknown:
             raise DataError(
-                f"{rows.table.source} has {len(unknown)} classes that are none of the {len(place)} of the model: "
-                f"{some_of(unknown)}. The model has {some_of(self.names)}. Rename them in the data."
+                f"{rows.table.source} has {len(unknown)} classes that the model lacks: {some_of(unknown)}. The model's "
+                f"{len(place)} classes are {some_of(self.names)}. Rename them in the data."
             )
         self._numbers = [place[name] for name in rows.names]
 
@@ -196,7 +196,7 @@ class LabelledImages(Dataset[ImageSample]):
         return self.rows.sources()
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the images but those of these numbers."""
+        """Return the data set without the images at these indices."""
         result = copy.copy(self)
         result.rows = self.rows.without(numbers)
         return result
@@ -204,12 +204,12 @@ class LabelledImages(Dataset[ImageSample]):
 
 @dataclass(frozen=True)
 class ImageSampleCollator:
-    """Makes batches of samples: what the processor makes of images and captions, and `ids` and `labels`, [batch]."""
+    """Collates samples: the processor's inputs for images and captions, and `ids` and `labels`, [batch]."""
 
     processor: Processor
 
     def __call__(self, items: Sequence[ImageSample]) -> dict[str, Tensor]:
-        """The samples as one batch."""
+        """Return the samples as one batch."""
         batch = {
             **self.processor.images([item["image"] for item in items]),
             "ids": torch.tensor([item["number"] for item in items]),
@@ -220,10 +220,10 @@ class ImageSampleCollator:
         return {**batch, **words, **({"labels": torch.tensor(labels)} if labels else {})}
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Texts as inputs of the model, [texts, T] each."""
+        """Return the model's inputs for texts, [texts, tokens] each."""
         return self.processor.texts(texts)
 
 
 def _only_image(row: Row) -> Image.Image:
-    """Return a row's image, of several the first."""
+    """Return the first image of a row."""
     return row.open_images()[0]

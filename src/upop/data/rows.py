@@ -1,6 +1,6 @@
 """Samples from rows of files or of data sets on the hub, with images, texts and labels.
 
-Everything is validated when rows are read, before any long work; errors name the file, the row and the column.
+All rows are validated when they are read, before any long work; errors name the file, the row and the column.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Row:
         source: the file or data set.
         number: of the row, from 0.
         place: position for messages: "train.jsonl, line 4".
-        kind: one of `upop.data.columns.KINDS`.
+        kind: one of `upop.data.columns.KINDS`; it decides which of the fields below are set.
         images: image files, or their content.
-        turns: of kind "messages".
-        question: of kind "question".
-        answers: of kind "question": one, or those of several people.
-        captions: of kind "caption", one or more.
-        label: of kind "label", the number of its class.
-        text: of kind "text".
+        turns: for "messages".
+        question: for "question".
+        answers: for "question", one or several.
+        captions: for "caption", one or more.
+        label: for "label", the class index.
+        text: for "text".
     """
 
     source: str
@@ -74,7 +74,7 @@ class Row:
         return Counter(self.answers).most_common(1)[0][0]
 
     def open_images(self) -> list[Image.Image]:
-        """Return the images as RGB of 8 bits, upright.
+        """Return the images as upright 8-bit RGB.
 
         Raises:
             BadImageError: one cannot be read; the message names file, row and image.
@@ -89,7 +89,7 @@ class Row:
             name = str(image) if isinstance(image, Path) else f"image {place} of {self.place}"
             raise BadImageError(
                 f"{self.place}: the image {name if isinstance(image, Path) else place} cannot be read: {reason}. It "
-                "may be cut off or no image at all; fetch it again.",
+                "may be truncated or not an image; fetch it again.",
                 name,
                 self.source,
                 self.number,
@@ -99,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _At:
-    """The row that is being read, for error messages."""
+    """The position of the current row, for error messages."""
 
     place: str
 
@@ -138,26 +138,26 @@ class Rows(Dataset[Row]):
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> Row:
-        """The sample of that number."""
+        """The sample at an index."""
         number = self.numbers[index]
         return self._read(number, self.table.row(number))
 
     def __iter__(self) -> Iterator[Row]:
-        """All samples, in order."""
+        """Iterate over all samples, in order."""
         return (self[index] for index in range(len(self)))
 
     def of(self, indices: Sequence[int]) -> Rows:
-        """Return some of the samples, by their numbers here."""
+        """Return the samples at these indices."""
         found = copy.copy(self)
         found.numbers = [self.numbers[index] for index in indices]
         return found
 
     def without(self, indices: Collection[int]) -> Rows:
-        """Return the samples but some, by their numbers here."""
+        """Return the samples without those at these indices."""
         return self.of([index for index in range(len(self)) if index not in indices])
 
     def sources(self) -> Sources:
-        """Return the files on this machine behind the samples."""
+        """Return the local files of the samples."""
         files = self.table.files()
         column = self.columns.named.get("image")
         if not files or (column is not None and self.table.stored(column)):
@@ -167,10 +167,10 @@ class Rows(Dataset[Row]):
         return Sources(files, {self._shown(path): path for path in paths})
 
     def check(self) -> None:
-        """Check all samples, and that their images are there.
+        """Check all samples, and that their images exist.
 
         Raises:
-            DataError: a row is not what its kind asks for, or an image is missing; the message names file and row.
+            DataError: a row is not valid for its kind, or an image is missing; the message names file and row.
         """
         image = self.columns.named.get("image")
         if image is not None and self.kind in ("caption", "label") and (empty := self.table.without(image)) is not None:
@@ -213,38 +213,36 @@ class Rows(Dataset[Row]):
         return Row(**found)
 
     def _image(self, value: Any, at: _At) -> Path | bytes:
-        """Return where an image lies, or what its file holds."""
+        """Return the path of an image, or its encoded content."""
         if isinstance(value, Mapping):
             held = value.get("bytes")
             value = held if held is not None else value.get("path") or value.get("url")
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str) or not value.strip() or (len(value) > _LONGEST_PATH and value[:5] != "data:"):
-            raise at.error(f"an image must be the path of a file, or what such a file holds; found {shown(value)}.")
+            raise at.error(f"an image must be the path or the content of an image file; found {shown(value)}.")
         scheme = urlsplit(value[:64]).scheme.lower()
         if scheme in ("http", "https"):
             raise at.error(
-                f"the image {value[:200]!r} is an address, and images are not fetched while a model runs. Fetch them "
-                "to a folder first, and name their files."
+                f"the image {value[:200]!r} is a URL, and images are not downloaded during a run. Download them to a "
+                "folder first, and give their paths."
             )
         if scheme == "data":
             try:
                 return base64.b64decode(value.partition(",")[2], validate=True)
             except binascii.Error as error:
-                raise at.error(
-                    f"an image is written as text (data:...;base64), which cannot be read: {error}."
-                ) from None
+                raise at.error(f"an image is a data URL (data:...;base64) that cannot be decoded: {error}.") from None
         return self.root / (value.removeprefix("file://") if scheme == "file" else value)
 
     def _label(self, value: Any, at: _At) -> int:
         column = self.columns.named["label"]
         if isinstance(value, bool) or not isinstance(value, int | str):
-            raise at.error(f"the column {column!r} must hold the name or the number of a class; found {shown(value)}.")
+            raise at.error(f"the column {column!r} must hold the name or index of a class; found {shown(value)}.")
         if isinstance(value, int) and 0 <= value < len(self.names):
             return value
         if str(value) not in self.names:
             near = nearest(str(value), self.names[:1000])
-            raise at.error(f"{value!r} is none of the {len(self.names)} classes{near}: {some_of(self.names)}.")
+            raise at.error(f"{value!r} is not one of the {len(self.names)} classes{near}: {some_of(self.names)}.")
         return self.names.index(str(value))
 
 
@@ -261,24 +259,24 @@ def read_rows(
     streaming: bool = False,
     limit: int | None = None,
 ) -> Rows:
-    """Return the samples of a file, a folder, or a data set on the hub, checked.
+    """Return the checked samples of a file, a folder, or a data set on the hub.
 
     Args:
         source: see `upop.data.tables.open_table`.
-        kinds: of samples that will do, of `KINDS`, likeliest first.
-        columns: role ("image", "answer", ...) -> the column that has it, where it has no usual name.
-        image_root: where relative paths of images start; the folder of the file if not given.
-        split: of a data set with several; "train" if not given.
-        name: of the configuration of a data set on the hub.
-        classes: names that labels are numbers of, as in training; those of the data if not given.
+        kinds: accepted kinds of samples, of `KINDS`, in order of preference.
+        columns: role ("image", "answer", ...) -> column, for columns without a common name.
+        image_root: folder that image paths are relative to; by default the folder of the file.
+        split: of a data set with several; by default "train".
+        name: configuration of a data set on the hub.
+        classes: class names that labels index, as in training; by default those of the data.
         outside: whether images may lie outside of `image_root`.
-        streaming: read the first `limit` rows without fetching the others.
-        limit: the first so many rows alone.
+        streaming: read the first `limit` rows without downloading the others.
+        limit: number of rows to read; None reads all.
 
     Raises:
-        DataError: there is no such data, a column is missing, or a row is wrong; the message says where.
-        SettingError: a role is not known, or streaming has no limit.
-        MissingLibraryError: it takes `datasets`, which is not installed.
+        DataError: the data do not exist, a column is missing, or a row is not valid; the message says where.
+        SettingError: a role is unknown, or streaming has no limit.
+        MissingLibraryError: `datasets` is needed and not installed.
     """
     table = open_table(source, split=split, name=name, streaming=streaming, limit=limit)
     found = find_columns(table, kinds, columns or {})
@@ -286,38 +284,40 @@ def read_rows(
     rows = Rows(table, found, root, outside=outside, numbers=range(len(table)))
     if found.kind == "label":
         rows.names = tuple(classes) or table.names(found.named["label"]) or _classes(rows)
-    rows.notes.append(_described(rows))
+    rows.notes.append(_summary(rows))
     rows.check()
     return rows
 
 
-def _described(rows: Rows) -> str:
+def _summary(rows: Rows) -> str:
     named = ", ".join(f"{role} from {column!r}" for role, column in rows.columns.named.items())
     return f"{rows.table.source}: {len(rows):,} rows, {named}"
 
 
 def _classes(rows: Rows) -> tuple[str, ...]:
-    """Return the names of all classes that occur: of texts in their order, of numbers up to the highest one."""
+    """Return the class names: strings sorted, or the numbers from 0 to the highest."""
     column = rows.columns.named["label"]
     values = {number: _cell(rows.table.light(number), column) for number in rows.numbers}
     below = next((number for number, value in values.items() if isinstance(value, int) and value < 0), None)
     if below is not None:
         place = rows.table.place(below)
         raise DataError(
-            f"{place}: the column {column!r} holds {values[below]}, and class numbers begin at 0. Leave rows without a "
-            "class out, or give the class a name."
+            f"{place}: the column {column!r} holds {values[below]}, and class indices start at 0. Leave out rows "
+            "without a class, or give the class a name."
         )
     whole = [value for value in values.values() if isinstance(value, int) and not isinstance(value, bool)]
     if len(whole) == len(values):
         if max(whole) >= _MOST_CLASSES:
             place = rows.table.place(next(number for number, value in values.items() if value == max(whole)))
-            raise DataError(f"{place}: the column {column!r} holds {max(whole)}; class numbers end at {_MOST_CLASSES}.")
+            raise DataError(
+                f"{place}: the column {column!r} holds {max(whole)}; class indices must be below {_MOST_CLASSES}."
+            )
         return tuple(str(value) for value in range(max(whole) + 1))
     return tuple(sorted({str(value) for value in values.values() if isinstance(value, int | str)}))
 
 
 def _cell(cells: Mapping[str, Any], column: str) -> Any:
-    """Return a cell, or what lies in it under a name with a dot; None where there is none."""
+    """Return a cell, or a field inside of one by a dotted name; None if it does not exist."""
     if column in cells:
         return cells[column]
     name, _, inner = column.partition(".")
@@ -344,19 +344,19 @@ def _listed(value: Any) -> Sequence[Any]:
 def _text(cells: Mapping[str, Any], column: str, at: _At) -> str:
     value = _cell(cells, column)
     if not is_text(value):
-        raise at.error(f"the column {column!r} must hold a text that is not empty; found {shown(value)}.")
+        raise at.error(f"the column {column!r} must hold a non-empty text; found {shown(value)}.")
     return str(value)
 
 
 def _texts(cells: Mapping[str, Any], column: str, at: _At, what: str) -> tuple[str, ...]:
-    """Return a text, or several: in a list, each by itself or in an object, as in SQuAD, TextVQA and VQAv2."""
+    """Return one text or several; they may be in a list, and in objects, as in SQuAD, TextVQA and VQAv2."""
     value = _cell(cells, column)
     if isinstance(value, Mapping):
         value = next((value[name] for name in _INNER_TEXTS if name in value), None)
     found = [_inner(each) for each in _listed(value)]
     if not found or not all(is_text(each) for each in found):
         raise at.error(
-            f"the column {column!r} holds no {what}: a text, or a list of texts, is needed; found {shown(value)}."
+            f"the column {column!r} holds no {what}: it must be a text or a list of texts; found {shown(value)}."
         )
     return tuple(str(each) for each in found)
 
@@ -368,16 +368,16 @@ def _inner(value: Any) -> Any:
 
 
 def _marks(turns: Any) -> int:
-    """Return how many images of the row a conversation asks for, where those are not read."""
-    described: list[int] = []
+    """Count the image marks of a conversation, without reading the images."""
+    counts: list[int] = []
 
     def count(value: Any) -> None:
         if isinstance(value, str):
-            described.append(value.count("<image>"))
+            counts.append(value.count("<image>"))
         elif isinstance(value, Mapping):
             kind = value.get("type")
             if kind in ("image", "image_url", "input_image"):
-                described.append(int(not any(value.get(name) for name in ("image", "image_url", "url", "path"))))
+                counts.append(int(not any(value.get(name) for name in ("image", "image_url", "url", "path"))))
             for name in ("content", "value", "text"):
                 count(value.get(name))
         elif isinstance(value, list | tuple):
@@ -385,4 +385,4 @@ def _marks(turns: Any) -> int:
                 count(each)
 
     count(turns)
-    return sum(described)
+    return sum(counts)

@@ -1,7 +1,7 @@
-"""Common parts of annotation readers: samples with validated fields, and checks of images.
+"""Shared by the annotation readers: samples with validated fields, and checks of images.
 
-Everything is validated before any long work; every error names the file, the sample (counted from 0, as in a JSON
-list), the field, the value found, and what to do.
+All samples are validated before any long work. Errors name the file, the sample (counted from 0, as in a JSON list),
+the field, the value found, and what to do.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Sample:
         """Return a field that must be a non-empty text."""
         value = self.get(name)
         if not is_text(value):
-            raise self.error(f"{name!r} must be a text that is not empty{_half(value)}, not {shown(value)}.")
+            raise self.error(f"{name!r} must be a non-empty text{_half(value)}, not {shown(value)}.")
         return str(value)
 
     def texts(self, name: str, count: int | None = None) -> list[str]:
@@ -91,23 +91,27 @@ def _half(value: object) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            return " and has no halves of characters"
+            return " without lone surrogates"
     return ""
 
 
 def _named(name: str) -> str:
-    """Quote a name for a message, cut to a reasonable length."""
+    """Quote a name for a message, truncated."""
     return repr(name) if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}..."
 
 
 def shown(value: object) -> str:
-    """Format a value as JSON for a message, cut to a readable length."""
+    """Format a value as JSON for a message, truncated."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def read_samples(file: str | Path) -> list[Sample]:
-    """Read an annotation file: a JSON list, not empty, of objects. DataError says what else it is."""
+    """Read an annotation file: a non-empty JSON list of objects.
+
+    Raises:
+        DataError: it is missing, or anything else.
+    """
     file = Path(file)
     try:
         text = read_text(file, LARGEST_DATA)
@@ -121,7 +125,7 @@ def read_samples(file: str | Path) -> list[Sample]:
         values = parse_json(text)
     except ValueError as error:
         lines = str(error).startswith("Extra data")
-        advice = "Put what its lines hold into one list: [..., ...]." if lines else "It may be cut off."
+        advice = "Put its lines into one list: [..., ...]." if lines else "It may be truncated."
         raise DataError(f"The annotation file {file} is not JSON: {error}. {advice}") from error
     if not isinstance(values, list):
         raise DataError(f"The annotation file {file} must hold a list of samples, not {shown(values)}.")
@@ -143,14 +147,17 @@ def _near(file: Path) -> str:
 
 
 def check_images(root: str | Path, images: Iterable[tuple[Placed, str]], *, outside: bool = False) -> None:
-    """Check that every image is a file under `root`; DataError names the first that is not and counts them all.
+    """Check that every image is a file under `root`.
 
-    Folders are listed once each, which is far faster than asking for each image where there are many.
+    Each folder is listed once, which is far faster than a check of every file.
 
     Args:
-        root: the folder that the images' paths start from.
-        images: samples and what they call their image.
+        root: the folder that image paths are relative to.
+        images: samples and image paths.
         outside: whether images may lie outside of `root`: by absolute paths, by "..", or by links.
+
+    Raises:
+        DataError: names the first missing image and counts them all.
     """
     root = Path(root)
     bounds = Bounds(root, outside=outside)
@@ -160,14 +167,14 @@ def check_images(root: str | Path, images: Iterable[tuple[Placed, str]], *, outs
         folder, name = os.path.split(image)
         if folder not in listings:
             listings[folder] = _files_in(root / folder, bounds)
-        # A listing can be stricter than the file system (upper and lower case), so it is not the last word.
+        # A listing is case-sensitive, but the file system may not be, so missing names are checked one by one.
         if name not in listings[folder] and image not in wrong and (problem := _problem(root / image, bounds)):
             wrong[image] = sample, problem
     if not wrong:
         return
     image, (sample, problem) = next(iter(wrong.items()))
     if not root.is_dir():
-        raise sample.error(f"the image root {root} is no folder, so the image {_named(image)} cannot be found in it.")
+        raise sample.error(f"the image root {root} is not a folder, so the image {_named(image)} cannot be found.")
     rest = ""
     if len(wrong) > 1:
         missing = all(found == _MISSING for _, found in wrong.values())
@@ -181,7 +188,7 @@ _MISSING, _OUTSIDE = "does not exist under", "outside of"
 
 
 def _files_in(folder: Path, bounds: Bounds) -> frozenset[str]:
-    """Return the names of the regular files in a folder; none of a folder outside, and no links."""
+    """Return the names of the regular files in a folder, without links; none for a folder outside of the bounds."""
     try:
         if bounds.beyond(folder):
             return frozenset()
@@ -195,19 +202,19 @@ def _problem(path: Path, bounds: Bounds) -> str:
     """Describe why the path of an image is not allowed, to precede "the image root"; "" if it is allowed."""
     try:
         if real := bounds.beyond(path):
-            straight = real == os.path.abspath(path)  # noqa: PTH100 - Path has nothing that takes ".." away
+            straight = real == os.path.abspath(path)  # noqa: PTH100 - pathlib cannot remove ".."
             return f"lies {_OUTSIDE}" if straight else f"leads to {real}, {_OUTSIDE}"
         if path.is_file():
             return ""
-        return "is no file under" if path.exists() else _MISSING
+        return "is not a file under" if path.exists() else _MISSING
     except (OSError, ValueError):
         return _MISSING
 
 
 def narrowed(samples: Samples, numbers: Collection[int], *lists: str) -> Samples:
-    """Return a copy of a data set whose `lists`, one entry per sample each, lack the samples of those numbers."""
+    """Return a copy of a data set without some samples; `lists` names its attributes with one item per sample."""
     result = copy.copy(samples)
     for name in lists:
-        kept = [entry for number, entry in enumerate(getattr(samples, name)) if number not in numbers]
+        kept = [item for number, item in enumerate(getattr(samples, name)) if number not in numbers]
         setattr(result, name, kept)
     return result

@@ -1,7 +1,7 @@
-"""ADE20K: images, and a map of labels for each.
+"""ADE20K: images with label maps.
 
-`ROOT/images/{training,validation}/NAME.jpg` and `ROOT/annotations/{training,validation}/NAME.png`: a map holds 0 where
-no class was given, and 1 to 150 else. `ROOT/objectInfo150.txt`, if it is there, names the classes.
+`ROOT/images/{training,validation}/NAME.jpg` and `ROOT/annotations/{training,validation}/NAME.png`: label maps hold 1 to
+150, and 0 for no class. The optional `ROOT/objectInfo150.txt` names the classes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from upop.reading import read_text, reason
 from upop.sources import Sources
 
 FOLDER = Path("ade20k") / "ADEChallengeData2016"
-"""Below the folder of all data sets."""
+"""Folder of ADE20K, relative to the root of all data sets."""
 NAMES = "objectInfo150.txt"
-_MODES = ("L", "P", "1", "I", "I;16")  # maps of numbers; P, a palette, shows each number as a colour
+_MODES = ("L", "P", "1", "I", "I;16")  # Pillow's modes with one number per pixel
 
 
 class SegmentItem(TypedDict):
-    """One sample: image [3, h, w], labels int64 [h, w] (255 is no class), its number in the split, and its name."""
+    """A sample: image, [3, height, width], labels, int64 [height, width] (255 is no class), its index and its name."""
 
     image: Tensor
     labels: Tensor
@@ -38,7 +38,7 @@ class SegmentItem(TypedDict):
 
 
 class SegmentBatch(TypedDict):
-    """B samples: tensors [B, 3, h, w] and int64 [B, h, w] where all are of one size, else lists of B tensors."""
+    """Images, [batch, 3, height, width], and labels, int64 [batch, height, width]; lists if sizes differ."""
 
     images: Tensor | list[Tensor]
     labels: Tensor | list[Tensor]
@@ -47,15 +47,16 @@ class SegmentBatch(TypedDict):
 
 
 class SegmentationDataset(Dataset[SegmentItem]):
-    """The images of a split with their labels, in the order of their names.
+    """The images of a split with their labels, sorted by name.
 
-    Labels of a file are 0 (or 255) for no class, which becomes 255, and 1 to `classes`, which become 0 to classes - 1.
+    Label maps hold 1 to `classes`, which become 0 to classes - 1, and 0 or 255 for no class, which become 255.
 
-    Files whose names begin with a dot are none of the data; others that do not end like images or maps are left
-    out, and `notes` says which. `outside` lets links lead outside of `root`.
+    Hidden files are ignored, and so are files with other extensions; `notes` says which. `outside` allows links that
+    lead outside of `root`.
 
-    Raises DataError, here for folders without images and for images without a map, and on access for a file that
-    cannot be read, a map of another size than its image, and a label above `classes`.
+    Raises:
+        DataError: a folder has no images, or an image has no map; on access, a file cannot be read, the size of a map
+            differs from its image's, or a label is above `classes`.
     """
 
     def __init__(
@@ -76,15 +77,17 @@ class SegmentationDataset(Dataset[SegmentItem]):
         self._maps = {path.stem: path for path in maps}
         missing = [path for path in self._images if path.stem not in self._maps]
         if missing:
-            rest = f" {len(missing)} maps are missing in all." if len(missing) > 1 else ""
+            rest = f" {len(missing)} maps are missing." if len(missing) > 1 else ""
             raise DataError(
                 f"The image {missing[0]} has no label map {self.root / 'annotations' / split / missing[0].stem}.png."
-                f"{rest} Fetch the annotations again, or take away the images without one."
+                f"{rest} Fetch the annotations again, or remove the images without one."
             )
         for files in (self._images, maps):
             twice = len(files) - len({path.stem for path in files})
             if twice:
-                raise DataError(f"{files[0].parent} holds {twice} names twice, with other endings. Keep one.")
+                raise DataError(
+                    f"{files[0].parent} holds {twice} names twice, with different extensions. Keep one of each."
+                )
 
     def __len__(self) -> int:
         """The number of images."""
@@ -96,10 +99,10 @@ class SegmentationDataset(Dataset[SegmentItem]):
         return Sources((), {path.relative_to(self.root).as_posix(): path for path in paths})
 
     def __getitem__(self, index: int) -> SegmentItem:
-        """The image of that number, as drawn this time."""
+        """The sample at an index, with a random augmentation in training."""
         number = index % len(self)
         path = self._images[number]
-        # As stored: maps are drawn over the stored pixels.
+        # Not turned upright: label maps match the stored pixels.
         stored = tvf.pil_to_tensor(open_image(path, file=path.parent, number=number, upright=False))
         labels = self._labels(path, number)
         if labels.shape != stored.shape[1:]:
@@ -111,7 +114,7 @@ class SegmentationDataset(Dataset[SegmentItem]):
         return {"image": image, "labels": labels, "number": number, "name": path.stem}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the samples but for those of these numbers, to score the rest."""
+        """Return the data set without the samples at these indices."""
         return narrowed(self, numbers, "_images")
 
     def _files(self, part: str, endings: tuple[str, ...], what: str, bounds: Bounds) -> list[Path]:
@@ -122,7 +125,7 @@ class SegmentationDataset(Dataset[SegmentItem]):
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
             raise DataError(
                 f"The folder of {what} {folder} cannot be read{nearest(folder.name, near)}: {error.strerror}. "
-                f"It is looked for below dataset_root, or the environment's DATASET, in {FOLDER}."
+                f"It must be in {FOLDER} under dataset_root, or under the environment's DATASET."
             ) from error
         if not listed.images:
             raise DataError(f"The folder {folder} holds no {what} ({', '.join(endings)}).")
@@ -134,13 +137,13 @@ class SegmentationDataset(Dataset[SegmentItem]):
         path = self._maps[image_path.stem]
         try:
             with opened(path) as image:
-                image.load()  # a file that is cut off is so whatever it holds
+                image.load()  # detects truncated files first
                 mode = image.mode
                 found = tvf.pil_to_tensor(image)[0].long() if mode in _MODES else None
         except Exception as error:  # a broken file makes the decoders raise nearly anything
             reason = str(error) or type(error).__name__
             raise BadImageError(
-                f"The label map {path} cannot be read: {reason}. It may be cut off or no image at all; fetch it again.",
+                f"The label map {path} cannot be read: {reason}. It may be truncated or not an image; fetch it again.",
                 str(path),
                 str(path.parent),
                 number,
@@ -155,14 +158,14 @@ class SegmentationDataset(Dataset[SegmentItem]):
         highest = int(found.max())
         if highest > self.classes or int(found.min()) < 0:
             raise DataError(
-                f"The label map {path} holds label {highest}, and there are {self.classes} classes: labels are 0 (no "
-                f"class) and 1 to {self.classes}. Set classes to the number of classes of this data set."
+                f"The label map {path} holds label {highest}, but classes is {self.classes}: labels are 0 (no class) "
+                f"and 1 to {self.classes}. Set classes to the number of classes of this data set."
             )
         return torch.where(found == 0, IGNORED, found - 1)
 
 
 def collate_segments(items: Sequence[SegmentItem]) -> SegmentBatch:
-    """Make a batch: stacked where all images are of one size, in lists else."""
+    """Return a batch: stacked if all images have the same size, else in lists."""
     images, labels = [item["image"] for item in items], [item["labels"] for item in items]
     alike = len({image.shape for image in images}) == 1
     return {
@@ -174,10 +177,10 @@ def collate_segments(items: Sequence[SegmentItem]) -> SegmentBatch:
 
 
 def class_names(root: str | Path, classes: int) -> list[str]:
-    """Return the names of the classes from `objectInfo150.txt`: the last column, or "class 1", ... where it is missing.
+    """Return the class names in the last column of `objectInfo150.txt`; "class 1", ... without that file.
 
     Raises:
-        DataError: it names another number of classes.
+        DataError: it has another number of classes.
     """
     path = Path(root) / NAMES
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""The published transforms of Segmenter: crops of resized images with their label maps, and changes of their light.
+"""Segmenter's published transforms of images and label maps: resizing, crops, flips and photometric distortion.
 
-All chance comes from torch's generator.
+Random draws use torch's generator.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torchvision.transforms.v2 import functional as tvf
 from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Deviation, Mean
 
 IGNORED = 255
-"""The label of pixels that belong to no class; they count neither in training nor in evaluation."""
+"""Label of pixels without a class; they are ignored in training and evaluation."""
 
 Normalization = Literal["vit", "deit"]
 Statistics = tuple[Mean, Deviation]
 STATISTICS: dict[Normalization, Statistics] = {
-    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # of the published ViT checkpoints, all published runs here among them
+    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # of the published ViT checkpoints, in all published runs
     "deit": (IMAGENET_MEAN, IMAGENET_STD),
 }
 """Mean and standard deviation of red, green and blue, by the published name."""
@@ -36,13 +36,13 @@ _CONTRAST = _SATURATION = (0.5, 1.5)
 _HUE = 0.1  # of the colour circle
 
 SegmentTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(image uint8 [3, H, W], labels [H, W]) -> (normalised image float32 [3, h, w], labels int64 [h, w])."""
+"""Image, uint8 [3, height, width], and labels, [height, width] -> normalised image, float32, and labels, int64."""
 
 
 def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:
-    """Return the size in pixels, in the image's proportions, at which its short side is `short`.
+    """Return height and width with a short side of `short`, in the image's aspect ratio.
 
-    Unless the long side would be above 4 times `short`: then it is that, and the short side less.
+    The long side is limited to 4 times `short`; the short side is then smaller.
     """
     factor = min(short / min(height, width), _LONGEST * short / max(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
@@ -50,30 +50,30 @@ def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Normalise:
-    """What evaluation does: images keep their size, for the model's windows slide over any."""
+    """The transform of evaluation: it normalises and keeps the size, because the model's window slides over images."""
 
     statistics: Statistics = STATISTICS["vit"]
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The image normalised; the labels as they are."""
+        """Return the normalised image, and the labels unchanged."""
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.statistics)
         return image.float().div_(255.0).sub_(mean).div_(std), labels
 
     def undo(self, image: Tensor) -> Tensor:
-        """The image as bytes, from a normalised one."""
+        """Return the image as uint8, from a normalised one."""
         mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in self.statistics)
         return image.mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
 
 
 @dataclass(frozen=True)
 class TrainCrop:
-    """What training does: resize by a ratio of 0.5 to 2, crop, mirror, change the light, normalise, and fill up.
+    """The transform of training: resize by a ratio of 0.5 to 2, crop, flip, distort colours, normalise and pad.
 
     Attributes:
-        image_size: what the short side is brought to, before the ratio.
+        image_size: short side before the ratio.
         crop_size: side of the square crop.
-        augment: False takes the top left corner of the image at ratio 1 as it is: generated classes are colours.
-        statistics: mean and deviation that colours are normalised by.
+        augment: False only crops the top left corner at ratio 1, because the generated classes are colours.
+        statistics: mean and standard deviation for normalising colours.
     """
 
     image_size: int
@@ -82,7 +82,7 @@ class TrainCrop:
     statistics: Statistics = STATISTICS["vit"]
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A crop of the image, and the labels of its pixels."""
+        """Return a crop of the image and of its labels."""
         image, labels = self._resized(image, labels)
         top, left = self._corner(labels)
         rows, columns = slice(top, top + self.crop_size), slice(left, left + self.crop_size)
@@ -92,7 +92,7 @@ class TrainCrop:
                 image, labels = image.flip(2), labels.flip(1)
             image = photometric_jitter(image)
         image, labels = Normalise(self.statistics)(image, labels)
-        # Filled up after normalising, so the filling is of the mean colour, as published.
+        # Padded after normalising, so that the padding has the mean colour, as published.
         padding = [0, 0, self.crop_size - labels.shape[1], self.crop_size - labels.shape[0]]
         return tvf.pad(image, padding), tvf.pad(labels[None], padding, fill=IGNORED)[0]
 
@@ -102,28 +102,28 @@ class TrainCrop:
         size = list(scaled_size(height, width, int(self.image_size * ratio)))
         if size == [height, width]:
             return image, labels
-        # OpenCV, which the published pipeline resizes with, does not filter against aliasing.
+        # Without antialiasing, as in the published pipeline, which resizes with OpenCV.
         image = tvf.resize(image, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
         return image, tvf.resize(labels[None], size, interpolation=v2.InterpolationMode.NEAREST)[0]
 
     def _corner(self, labels: Tensor) -> tuple[int, int]:
-        """Draw the top left corner of a crop; up to ten times, until no class has more than its share."""
+        """Draw the top left corner of a crop, up to ten times, until no class covers more than 75 % of it."""
         if not self.augment:
             return 0, 0
         for _ in range(_CROPS_TRIED):
             top, left = (int(torch.randint(max(side - self.crop_size, 0) + 1, ())) for side in labels.shape)
             crop = labels[top : top + self.crop_size, left : left + self.crop_size]
-            counts = crop.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]  # faster than to sort, as unique does
+            counts = crop.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]  # faster than unique, which sorts
             if int((counts > 0).sum()) > 1 and counts.max() < LARGEST_SHARE * counts.sum():
                 break
         return top, left
 
 
 def photometric_jitter(image: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of an image of bytes [3, H, W], each with probability 1/2.
+    """Change brightness, contrast, saturation and hue of an image, uint8 [3, height, width], with probability 1/2 each.
 
-    The published operations and their order: contrast multiplies, and comes before saturation and hue or after them.
-    (torchvision's RandomPhotometricDistort also swaps colour channels.)
+    Operations and order are the published ones: contrast is a factor, before or after saturation and hue. torchvision's
+    RandomPhotometricDistort also swaps colour channels.
     """
     changed = image.float().div_(255)
     if _chance():
@@ -141,9 +141,9 @@ def photometric_jitter(image: Tensor) -> Tensor:
 
 
 def _saturate(image: Tensor, factor: float) -> Tensor:
-    """Multiply the saturation of HSV, which reaches at most 1, and leave hue and value as they are.
+    """Multiply the HSV saturation, up to 1; hue and value are unchanged.
 
-    As published. torchvision's adjust_saturation blends with the grey image, which moves the value too.
+    As published; torchvision's adjust_saturation blends with the grey image, which changes the value too.
     """
     value = image.amax(0, keepdim=True)
     spread = value - image.amin(0, keepdim=True)
@@ -152,23 +152,23 @@ def _saturate(image: Tensor, factor: float) -> Tensor:
 
 
 def turn_hue(image: Tensor, share: float) -> Tensor:
-    """Turn the hue of an image [3, H, W] of 0 to 1 by a share of the colour circle; saturation and value stay.
+    """Shift the hue of an image, [3, height, width] from 0 to 1, by a share of the colour circle.
 
-    The same as torchvision's adjust_hue up to rounding, in a third of its time: that one makes all six colours that
-    each pixel may get.
+    It equals torchvision's adjust_hue up to rounding in a third of the time: that computes all six cases for every
+    pixel.
     """
     red, green, blue = image
     value = torch.maximum(torch.maximum(red, green), blue)
     spread = value - torch.minimum(torch.minimum(red, green), blue)
     grey = spread.clamp_min(torch.finfo(image.dtype).tiny)
-    # Where on a circle of six parts: red is at 0, green at 2, blue at 4.
+    # Position on a circle of length 6: red is at 0, green at 2, blue at 4.
     of_green = (blue - red).div_(grey).add_(2)
     of_blue = (red - green).div_(grey).add_(4)
     place = torch.where(red == value, (green - blue).div_(grey), torch.where(green == value, of_green, of_blue))
     turned = torch.empty_like(image)
-    for channel, opposite in enumerate((3, 5, 1)):  # where a colour has nothing of red, green, blue
+    for channel, opposite in enumerate((3, 5, 1)):  # positions opposite to red, green, blue
         away = (place + (6 * share - opposite)).abs_()
-        away = torch.minimum(away, (6 - away).abs_())  # the shorter way round
+        away = torch.minimum(away, (6 - away).abs_())  # the shorter arc
         torch.sub(value, spread * (2 - away).clamp_(0, 1), out=turned[channel])
     return turned
 

@@ -1,7 +1,7 @@
 """Reads tables of rows: JSON, JSON lines, Parquet, CSV, WebDataset, folders, and data sets on the hub.
 
-JSON is parsed here, so that errors name the line and columns may mix types; everything else is read by `datasets`, an
-optional dependency. Images stay encoded until they are opened.
+JSON is parsed here, so that errors name the line, and columns may mix types. `datasets`, an optional dependency, reads
+everything else. Images stay encoded until they are opened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".tar": "webda
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 _LONGEST_LINE = 64 * 2**20
 _LOOKED_AT = 1000
-"""Rows whose names of columns are taken for those of all rows of a file of JSON."""
+"""Number of JSON rows whose columns are taken as those of all rows."""
 
 
 class Table(ABC):
@@ -66,12 +66,12 @@ class Table(ABC):
         return False
 
     def without(self, column: str) -> int | None:
-        """Return the number of a row that lacks an image which the table should hold; None if there is none."""
+        """Return the number of a row without an image in a column of embedded images; None if all have one."""
         del column
         return None
 
     def names(self, column: str) -> tuple[str, ...] | None:
-        """Return what the integers of a column stand for, where the data set says it."""
+        """Return the class names that the integers of a column index; None if the data set has none."""
         del column
         return None
 
@@ -91,29 +91,29 @@ def open_table(
     """Return the rows of a file, of all files of a pattern, of a folder, or of a data set on the hub.
 
     Args:
-        source: a .json or .jsonl file, a .parquet, .csv or .tar file, a pattern of such files (data/*.parquet), a
-            folder that `datasets` reads (CLASS/*.jpg, or metadata.jsonl beside images), or a name on the hub.
-        split: of a data set with several; "train" if not given, or the only one there is.
-        name: of the configuration of a data set on the hub.
-        streaming: read no more than the first `limit` rows, without fetching the rest.
-        limit: the first so many rows alone.
+        source: a .json, .jsonl, .parquet, .csv or .tar file, a pattern of such files (data/*.parquet), a folder that
+            `datasets` reads (CLASS/*.jpg, or images with metadata.jsonl), or a name on the hub.
+        split: of a data set with several; by default "train", or the only one.
+        name: configuration of a data set on the hub.
+        streaming: read the first `limit` rows without downloading the others.
+        limit: number of rows to read; None reads all.
 
     Raises:
-        DataError: there is no such thing, or it cannot be read.
-        SettingError: streaming without a limit.
-        MissingLibraryError: it takes `datasets`, which is not installed.
+        DataError: the source does not exist, or cannot be read.
+        SettingError: streaming has no limit.
+        MissingLibraryError: `datasets` is needed and not installed.
     """
     text = str(source)
     if streaming and limit is None:
         raise SettingError(
-            f"{text} is to be streamed, and it is not said how many of its rows to take. Set rows (--rows 20000)."
+            f"Streaming {text} needs the number of rows to read, and none is set. Set rows (--rows 20000)."
         )
     files = [Path(each) for each in _matching(text)] if has_magic(text) else [Path(text)]
     if not files:
         raise DataError(f"No file matches {text}. Check the pattern.")
     kinds = sorted({file.suffix.lower() for file in files})
     if len(kinds) > 1:
-        raise DataError(f"{text} matches files of several kinds: {', '.join(kinds)}. Name files of one kind.")
+        raise DataError(f"{text} matches files of several kinds: {', '.join(kinds)}. Give files of one kind.")
     (kind,) = kinds
     there = [_exists(file) for file in files]
     if kind in (*_LINES, ".json") and any(there):
@@ -127,7 +127,7 @@ def open_table(
 
 
 def _matching(pattern: str) -> list[str]:
-    return sorted(glob(pattern, recursive=True))  # noqa: PTH207 - Path's takes no pattern with a root
+    return sorted(glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob rejects absolute patterns
 
 
 def _exists(file: Path) -> bool:
@@ -155,12 +155,12 @@ def _holds_lines(files: Sequence[Path]) -> bool:
 
 
 class _JsonLines(Table):
-    """Files with a JSON object per line, of which the places are kept, not the content."""
+    """Files with one JSON object per line; only their offsets are kept in memory."""
 
     def __init__(self, source: str, files: Sequence[Path], limit: int | None) -> None:
         self.source, self._files, self.folder = source, list(files), files[0].parent
         self._places, self._lines = array("Q"), array("Q")
-        self._first = [0]  # row of every file, and beyond the last
+        self._first = [0]  # first row of every file, and the number of all rows
         for file in files:
             self._index(file, limit)
             self._first.append(len(self._places))
@@ -197,7 +197,7 @@ class _JsonLines(Table):
                 raise ValueError(f"it has more than {_LONGEST_LINE:,} bytes")
             value = parse_json(line.decode("utf-8-sig"), nan=True)
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.place(number)} is no JSON: {reason(error)}. Write one object per line.") from error
+            raise DataError(f"{self.place(number)} is not JSON: {reason(error)}. Write one object per line.") from error
         return _object(value, self.place(number))
 
     def place(self, number: int) -> str:
@@ -239,9 +239,9 @@ def _read_list(path: Path) -> list[Any]:
     try:
         value = parse_json(read_text(path, LARGEST_DATA), nan=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {reason(error)}. It may be cut off.") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}. It may be truncated.") from error
     if not isinstance(value, list):
-        raise DataError(f"{path} must hold a list of rows, [{{...}}, ...], or a row per line; found one object alone.")
+        raise DataError(f"{path} must hold a list of rows, [{{...}}, ...], or one row per line; found a single object.")
     return value
 
 
@@ -252,7 +252,7 @@ def _object(value: Any, place: str) -> Mapping[str, Any]:
 
 
 def _columns(rows: Iterator[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the names of all cells, and those of what objects in them hold, in the order in which they are met."""
+    """Return the names of all cells, and dotted names of fields inside of them, in order of first appearance."""
     found: dict[str, None] = {}
     for row in rows:
         for name, value in row.items():
@@ -263,14 +263,14 @@ def _columns(rows: Iterator[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 class _Hosted(Table):
-    """A data set of `datasets`, whose images are not decoded."""
+    """A data set of `datasets`; images are not decoded."""
 
     def __init__(self, source: str, data: datasets.Dataset, files: Sequence[Path] | None) -> None:
         self.source, self._files = source, tuple(file for file in files or () if file.is_file())
         self.folder = files[0].parent if self._files and files else None
         self._features = data.features
         held = [name for name, feature in data.features.items() if _images(feature)]
-        with _described(source):
+        with _explained(source):
             for name in held:
                 data = data.cast_column(name, undecoded(data.features[name]))
         self._data = data
@@ -310,13 +310,13 @@ class _Hosted(Table):
 
 
 class _Streamed(_Hosted):
-    """The first rows of a data set that is not fetched whole, in memory."""
+    """The first rows of a streamed data set, in memory."""
 
     def __init__(self, source: str, data: datasets.IterableDataset, files: Sequence[Path] | None, limit: int) -> None:
         self.source, self._files = source, ()
         self.folder = files[0].parent if files and files[0].is_file() else None
-        with _described(source):
-            # Of some formats nothing is known before rows are read; such a set has no images that could be decoded.
+        with _explained(source):
+            # Some formats have no features before rows are read; such a set has no images to decode.
             rows = list(islice(data.decode(False) if data.features else data, limit))
         if not rows:
             raise DataError(f"{source} holds no rows.")
@@ -342,7 +342,7 @@ class _Streamed(_Hosted):
 
 
 def undecoded(features: Any) -> Any:
-    """Return features of `datasets` whose images stay as they are stored, however deep they lie."""
+    """Return features of `datasets` with decoding of images turned off, also in nested ones."""
     import datasets
 
     if isinstance(features, datasets.Image):
@@ -388,13 +388,13 @@ def _hosted(
         builder = _BUILDERS.get(kind) or ("json" if kind in _PACKED and ".json" in files[0].name else None)
         if builder is None:
             raise DataError(
-                f"{source} ends in {kind or 'nothing'}, which no reader is known for. Give a .json, .jsonl, "
+                f"{source} has the extension {kind or '(none)'}, which no reader supports. Give a .json, .jsonl, "
                 f"{', '.join(_BUILDERS)} file, a folder, or a name on the hub."
             )
         given |= {"path": builder, "data_files": {split or "train": [str(file) for file in files]}}
         if kind == ".tsv":
             given["sep"] = "\t"
-    with _described(source):
+    with _explained(source):
         found = datasets.load_dataset(**given)
     data = found[_split(source, list(found), split)]
     if streaming:
@@ -414,7 +414,7 @@ def _split(source: str, found: list[str], wanted: str | None) -> str:
 
 
 @contextmanager
-def _described(source: str) -> Iterator[None]:
+def _explained(source: str) -> Iterator[None]:
     """Turn errors of `datasets` into ones that name the source, and hide its progress bars."""
     import datasets
 
@@ -422,11 +422,11 @@ def _described(source: str) -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         yield
-    except Exception as error:  # each builder, file system and network has its own
+    except Exception as error:  # builders, file systems and networks raise errors of many types
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
         words = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise DataError(
-            f"{source} cannot be read as a data set: {words}. Check the path or the name, and the network."
+            f"{source} cannot be read as a data set: {words}. Check the path or name, and the network."
         ) from error
     finally:
         if shown:

@@ -1,4 +1,4 @@
-"""The published clean-up of captions, sentences and questions, and the exchange of left and right."""
+"""The published cleaning of captions, sentences and questions, and swapping of left and right."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def clean_caption(text: str, max_words: int = CAPTION_WORDS) -> str:
-    """Clean a caption or NLVR sentence: lower-case, `. ! " ( ) * # : ; ~` to spaces, at most max_words words.
+    """Clean a caption or NLVR sentence: lower case, `. ! " ( ) * # : ; ~` become spaces, at most max_words words.
 
-    Runs of spaces become one space, and spaces and line ends around the text go.
+    Runs of spaces become one, and spaces and line ends around the text are removed.
     """
     text = _SPACES.sub(" ", _REMOVED.sub(" ", text.lower()))
     return _first_words(text.rstrip("\n").strip(" "), max_words)
 
 
 def clean_question(text: str, max_words: int = QUESTION_WORDS) -> str:
-    """Clean a question: lower-case, `. ! " ( ) * # : ; ~` removed without a trace, at most max_words words.
+    """Clean a question: lower case, `. ! " ( ) * # : ; ~` are removed, at most max_words words.
 
-    Unlike in captions, spaces stay as they are, but for those at the end.
+    Unlike in captions, only spaces at the end are removed.
     """
     return _first_words(_REMOVED.sub("", text.lower()).rstrip(" "), max_words)
 
@@ -35,10 +35,7 @@ def _first_words(text: str, max_words: int) -> str:
 
 
 def swap_left_right(sentence: str) -> str:
-    """Exchange the words left and right, wherever they stand alone ("leftover" and "bright" stay).
-
-    Doing it twice gives the sentence back.
-    """
+    """Swap the words left and right ("leftover" and "bright" stay); twice restores the sentence."""
     return _SIDES.sub(lambda found: _opposite(found.group()), sentence)
 
 

@@ -1,4 +1,4 @@
-"""The published image transforms of BLIP and CLIP: from an image to a normalised float tensor [3, s, s]."""
+"""The published image transforms of BLIP and CLIP: image -> normalised float tensor, [3, size, size]."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _BICUBIC, _BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEA
 
 
 def eval_transform(image_size: int, images: Images = PUBLISHED) -> ImageTransform:
-    """The transform of evaluation: resize to image_size x image_size pixels (as published, bicubic) and normalise."""
+    """Return the transform of evaluation: resize to image_size x image_size (bicubic, as published) and normalise."""
     return _Finish(image_size, images)
 
 
 def train_transform(image_size: int, augment: bool = True, images: Images = PUBLISHED) -> ImageTransform:
-    """The transform of training: random crop of half to all of the area, random flip, RandAugment, normalise.
+    """Return the transform of training: random crop (50 to 100 % of the area), random flip, RandAugment, normalise.
 
-    Without `augment` it is the evaluation's: generated images must keep their counts and positions. All
-    chance comes from torch's generator.
+    Without `augment` it is that of evaluation, because texts about generated images name counts and positions. Random
+    draws use torch's generator.
     """
     if not augment:
         return eval_transform(image_size, images)
@@ -49,9 +49,9 @@ def resized_crop(
     size: tuple[int, int],
     interpolation: v2.InterpolationMode,
 ) -> Image.Image:
-    """Cut out a rectangle and resize it, for training: torch does so four times as fast as Pillow.
+    """Crop a rectangle and resize it, for training: with torch, which is four times as fast as Pillow.
 
-    It differs by rounding: one level of 255 in some of the pixels, seldom two. Evaluation keeps to Pillow.
+    Results differ from Pillow's by rounding: one of 255 levels in some pixels, rarely two. Evaluation uses Pillow.
 
     Args:
         image: the image.
@@ -65,13 +65,13 @@ def resized_crop(
 
 
 class _Train:
-    """A random crop and flip, RandAugment, `_Finish`; plain classes, as v2's generic ones cost more than the work."""
+    """Random crop, random flip, RandAugment, `_Finish`; v2's generic transforms have more overhead than work."""
 
     def __init__(self, image_size: int, images: Images) -> None:
         self.image_size = image_size
         self.augment = RandAugment()
         self.finish = _Finish(image_size, images)
-        # Tensors know these two alone.
+        # Tensors support only these two.
         self.interpolation = _BILINEAR if images.interpolation == "bilinear" else _BICUBIC
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -83,7 +83,7 @@ class _Train:
 
 
 class _Finish:
-    """Resizes where needed, and normalises."""
+    """Resizes if needed, and normalises."""
 
     def __init__(self, image_size: int, images: Images) -> None:
         self.image_size = image_size
@@ -99,29 +99,28 @@ class _Finish:
                 way = v2.InterpolationMode(self.images.interpolation)
                 image = tvf.resize(image, size, interpolation=way, antialias=True)
             if size != [side, side]:
-                image = tvf.center_crop(image, [side, side])  # where it is smaller, black is added
-        # As bytes into planes of colours: arithmetic on colours that lie side by side takes twice the time.
+                image = tvf.center_crop(image, [side, side])  # pads smaller images with black
+        # Contiguous planes of uint8: arithmetic on interleaved colours takes twice the time.
         tensor: Tensor = tvf.pil_to_tensor(image).contiguous()
         return tensor.float().div_(255.0).sub_(self.mean).div_(self.std)
 
 
 def _size(image: Image.Image, side: int, images: Images) -> list[int]:
-    """Return the height and width that an image is resized to."""
+    """Return height and width of the resized image."""
     if images.resize == "squash":
         return [side, side]
     short, long = sorted(image.size)
-    # Rounded as the libraries do whose checkpoints ask for it: torchvision down, open_clip to the nearest.
+    # Rounded like the libraries of the checkpoints: torchvision rounds down, open_clip to the nearest.
     other = int(side * long / short) if images.resize == "crop" else max(1, round(side * short / long))
     is_short_high = (image.height == short) == (images.resize == "crop")
     return [side, other] if is_short_high else [other, side]
 
 
 class RandAugment:
-    """The published RandAugment: two operations, each done with probability 1/2, at level 5 of 10.
+    """The published RandAugment: two operations, each with probability 1/2, at level 5 of 10.
 
-    Level 5 shears by 0.15, shifts by 5 pixels and turns by 15 degrees, either way, and leaves brightness and
-    sharpness as they are; torchvision's own RandAugment has other operations and other scales, so its levels
-    mean other things.
+    Level 5 shears by 0.15, shifts by 5 pixels and rotates by 15 degrees, in either direction, and leaves brightness and
+    sharpness unchanged. torchvision's RandAugment has other operations and scales.
     """
 
     def __init__(self, operations: int = RANDAUGMENT_OPS, level: int = RANDAUGMENT_LEVEL) -> None:
@@ -129,7 +128,7 @@ class RandAugment:
         self.level = level
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The image after the drawn operations, of the same size."""
+        """Return the augmented image, in the same size."""
         for _ in range(self.operations):
             operation = _OPERATIONS[int(torch.randint(len(_OPERATIONS), ()))]
             if torch.rand(()) < 0.5:
@@ -142,13 +141,13 @@ def _either_way(value: float) -> float:
 
 
 def _factor(strength: float) -> float:
-    """0.1 to 1.9; 1 changes nothing."""
+    """Return a factor of 0.1 to 1.9; 1 is the identity."""
     return 0.1 + 1.8 * strength
 
 
 def _enhance(change: Callable[[Image.Image, float], Image.Image], image: Image.Image, strength: float) -> Image.Image:
     factor = _factor(strength)
-    return image if factor == 1.0 else change(image, factor)  # which would be computed only to give the same
+    return image if factor == 1.0 else change(image, factor)
 
 
 def _move(
@@ -160,8 +159,8 @@ def _move(
     shear_x: float = 0.0,
     shear_y: float = 0.0,
 ) -> Image.Image:
-    """Turn by degrees about the centre, shift by pixels, or shear by a slope about the top left corner."""
-    if angle == shear_x == shear_y == 0.0:  # whole pixels are copied, which is much faster and gives the same
+    """Rotate by degrees about the centre, shift by pixels, or shear by a slope about the top left corner."""
+    if angle == shear_x == shear_y == 0.0:  # copying whole pixels is much faster, with the same result
         shifted = Image.new(image.mode, image.size, _FILL)
         shifted.paste(image, (round(x), round(y)))
         return shifted
@@ -179,7 +178,7 @@ def _move(
     return moved
 
 
-# Each takes an image and a strength of 0 to 1.
+# (image, strength from 0 to 1) -> image.
 _OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, _: image,
     lambda image, _: tvf.autocontrast(image),

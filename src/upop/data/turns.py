@@ -14,11 +14,11 @@ class ImageMark:
     """The position of the next image in a turn."""
 
     def __repr__(self) -> str:
-        """As LLaVA writes it."""
+        """Return LLaVA's mark."""
         return "<image>"
 
     def __reduce__(self) -> str:
-        """There is one of it, in every process."""
+        """Unpickle as the singleton `IMAGE`."""
         return "IMAGE"
 
 
@@ -36,7 +36,7 @@ ROLES: Mapping[str, str] = {
     "developer": "system",
     "tool": "tool",
 }
-"""Who speaks, as files call it -> as chat templates do."""
+"""Role in files -> role in chat templates."""
 _MARK = re.compile(r"\s*<image>\s*")
 _IMAGES = ("image", "image_url", "input_image")
 _TEXTS = ("text", "input_text", "output_text")
@@ -51,31 +51,31 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """All texts of it."""
+        """The texts of the turn, one per line."""
         return "\n".join(part for part in self.parts if isinstance(part, str))
 
     @property
     def images(self) -> int:
-        """The number of images in it."""
+        """The number of images."""
         return sum(part is IMAGE for part in self.parts)
 
 
 def read_turns(value: Any, images: Sequence[Any]) -> tuple[tuple[Turn, ...], tuple[Any, ...]]:
-    """Return the turns of a conversation, and its images in the order in which they stand there.
+    """Return the turns of a conversation, and its images in order of appearance.
 
-    Images without a mark stand before the first thing that is asked.
+    Images without a mark go in front of the first user turn.
 
     Args:
-        value: a list of {"role", "content"}, whose content is a text or a list of parts, or of {"from", "value"}.
-        images: of the row, which marks <image> and parts of type "image" without an image of their own stand for.
+        value: a list of {"role", "content"}, with text or a list of parts as content, or of {"from", "value"}.
+        images: of the row; marks <image>, and parts of type "image" without their own image, stand for them.
 
     Raises:
-        ValueError: it is something else, an answer is missing, or marks and images are not equally many.
+        ValueError: it is something else, an answer is missing, or the numbers of marks and images differ.
     """
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError("must be a list of what is said in turn, [{'role': 'user', 'content': ...}, ...]")
+        raise ValueError("must be a list of turns, [{'role': 'user', 'content': ...}, ...]")
     turns: list[Turn] = []
-    placed: list[Any] = []  # None where the next image of the row stands
+    placed: list[Any] = []  # None stands for the next image of the row
     for number, each in enumerate(value):
         if not isinstance(each, Mapping):
             raise ValueError(f"must hold objects with role and content; turn {number} is {type(each).__name__}")
@@ -86,7 +86,7 @@ def read_turns(value: Any, images: Sequence[Any]) -> tuple[tuple[Turn, ...], tup
     if not marks and images:
         first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
         if first is None:
-            raise ValueError("has images, and nobody (role user) who shows them")
+            raise ValueError("has images, but no user turn to put them in")
         before = sum(turn.images for turn in turns[:first])
         turns[first] = Turn("user", (*[IMAGE] * len(images), *turns[first].parts))
         placed[before:before] = [None] * len(images)
@@ -99,14 +99,14 @@ def read_turns(value: Any, images: Sequence[Any]) -> tuple[tuple[Turn, ...], tup
 def _turn(each: Mapping[str, Any], number: int, placed: list[Any]) -> Turn:
     role = each.get("role") or each.get("from")
     if role is None:
-        raise ValueError(f"does not say who speaks in turn {number}: it has neither role nor from")
+        raise ValueError(f"has no role in turn {number}: there is neither role nor from")
     known = ROLES.get(str(role).lower())
     if known is None:
         near = nearest(str(role), list(ROLES))
-        raise ValueError(f"names a speaker {role!r} in turn {number}{near}; known are {', '.join(ROLES)}")
+        raise ValueError(f"has the role {role!r} in turn {number}{near}; known are {', '.join(ROLES)}")
     content = each.get("content") if each.get("content") is not None else each.get("value")
     if content is None:
-        raise ValueError(f"says nothing in turn {number} ({role}): it has neither content nor value")
+        raise ValueError(f"has no text in turn {number} ({role}): there is neither content nor value")
     parts: list[Part] = []
     for part in [content] if isinstance(content, str | Mapping) else content:
         parts += _parts(part, number, placed)
@@ -117,7 +117,7 @@ def _parts(part: Any, number: int, placed: list[Any]) -> list[Part]:
     if isinstance(part, str):
         return _marked(part, placed)
     if not isinstance(part, Mapping):
-        raise ValueError(f"holds a part of type {type(part).__name__} in turn {number}; a text or an object is meant")
+        raise ValueError(f"holds a part of type {type(part).__name__} in turn {number}; it must be a text or an object")
     kind = part.get("type") or ("text" if part.get("text") is not None else "image")
     if kind in _TEXTS:
         if not isinstance(part.get("text"), str):
@@ -129,7 +129,7 @@ def _parts(part: Any, number: int, placed: list[Any]) -> list[Part]:
             source = source["url"]
         placed.append(source)
         return [IMAGE]
-    raise ValueError(f"holds a part of type {kind!r} in turn {number}; texts and images are read")
+    raise ValueError(f"holds a part of type {kind!r} in turn {number}; only texts and images are supported")
 
 
 def split_marks(text: str) -> list[Part]:
@@ -153,12 +153,12 @@ def _marked(text: str, placed: list[Any]) -> list[Part]:
 def _check_answers(turns: Sequence[Turn]) -> None:
     answers = [(number, turn) for number, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
-        raise ValueError("has no answer: nobody speaks as assistant (or gpt)")
+        raise ValueError("has no answer: no turn has the role assistant (or gpt)")
     for number, turn in answers:
         if not turn.text.strip():
             raise ValueError(f"has an empty answer in turn {number}")
         if turn.images:
-            raise ValueError(f"has an image in the answer of turn {number}; models answer in words")
+            raise ValueError(f"has an image in the answer of turn {number}; answers must be text")
 
 
 __all__ = ["IMAGE", "ROLES", "ImageMark", "Part", "Turn", "read_turns", "split_marks"]

@@ -23,14 +23,14 @@ from upop.reading import parse_json, read_text, reason
 from upop.sources import Sources
 
 SOURCES = ("vqa", "vg")
-"""What a sample's "dataset" says: which root its image lies under."""
+"""Values of a sample's "dataset", which selects the root of its image."""
 QUESTION_TOKENS = 35
 VG_WEIGHT = 0.2
-"""Of an answer from Visual Genome, which has one for each question."""
+"""Weight of an answer from Visual Genome, which has one per question."""
 
 
 class VqaItem(TypedDict):
-    """One sample: an image [3, H, W], the cleaned question, and in training its answers and their weights."""
+    """A sample: image, [3, height, width], the cleaned question, and in training its answers and their weights."""
 
     image: Tensor
     question: str
@@ -39,7 +39,7 @@ class VqaItem(TypedDict):
 
 
 class _VqaSamples(Dataset[VqaItem], ABC):
-    """The common part of training and evaluation: validated images and questions."""
+    """Base of training and evaluation data: validated images and questions."""
 
     def __init__(
         self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform, *, outside: bool
@@ -57,7 +57,7 @@ class _VqaSamples(Dataset[VqaItem], ABC):
                 self._questions.append(question)
                 source = SOURCES[sample.one_of("dataset", SOURCES)]
                 self._places.append((sample.file, sample.number, source, sample.text("image")))
-                self._take(sample)
+                self._read_answers(sample)
             places = self._places[-len(samples) :]
             for source, root in self.roots.items():
                 pairs = zip(samples, places, strict=True)
@@ -65,7 +65,7 @@ class _VqaSamples(Dataset[VqaItem], ABC):
                 check_images(root, named, outside=outside)
 
     @abstractmethod
-    def _take(self, sample: Sample) -> None:
+    def _read_answers(self, sample: Sample) -> None:
         """Read the other fields of a sample."""
 
     def __len__(self) -> int:
@@ -83,19 +83,19 @@ class _VqaSamples(Dataset[VqaItem], ABC):
 
 
 class VqaTrainingDataset(_VqaSamples):
-    """The samples of annotation files, one after the other, with weighted answers.
+    """The samples of annotation files, one file after the other, with weighted answers.
 
-    A sample is `{"question": str, "answer": [str, ...], "image": str, "dataset": "vqa"}`, whose answers weigh as many
-    tenths as people gave them, or `{"question": str, "answer": str, "image": str, "dataset": "vg"}`.
+    A sample is `{"question": str, "answer": [str, ...], "image": str, "dataset": "vqa"}`, where the weight of an answer
+    is the share of people who gave it, or `{"question": str, "answer": str, "image": str, "dataset": "vg"}`.
 
     Args:
         files: annotation files.
-        roots: "vqa" and "vg" -> the folder that their images' paths start from.
-        transform: makes a tensor of an image.
+        roots: "vqa" and "vg" -> the folder that image paths are relative to.
+        transform: image -> tensor.
         outside: whether images may lie outside of their roots.
 
-    Raises DataError, here for anything that is wrong with an annotation file or an image that is missing, and on
-    access for an image that cannot be read.
+    Raises:
+        DataError: an annotation file is not valid or an image is missing; on access, an image cannot be read.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class VqaTrainingDataset(_VqaSamples):
         self._answers: list[tuple[tuple[str, ...], tuple[float, ...]]] = []
         super().__init__(files, roots, transform, outside=outside)
 
-    def _take(self, sample: Sample) -> None:
+    def _read_answers(self, sample: Sample) -> None:
         if sample.get("dataset") == "vg":
             self._answers.append(((sample.text("answer"),), (VG_WEIGHT,)))
             return
@@ -113,7 +113,7 @@ class VqaTrainingDataset(_VqaSamples):
         self._answers.append((tuple(counts), tuple(count / len(given) for count in counts.values())))
 
     def __getitem__(self, index: int) -> VqaItem:
-        """The sample of that number, as drawn this time."""
+        """The sample at an index, with a random augmentation."""
         answers, weights = self._answers[index]
         return {
             "image": self._image(index),
@@ -123,7 +123,7 @@ class VqaTrainingDataset(_VqaSamples):
         }
 
     def outside(self, candidates: Iterable[str]) -> tuple[int, int, float]:
-        """Return how many different answers are none of the candidates, of how many, and their share of all weight."""
+        """Return how many distinct answers are not candidates, how many there are, and the missing share by weight."""
         known = {candidate.strip().lower() for candidate in candidates}
         weights: Counter[str] = Counter()
         for answers, shares in self._answers:
@@ -134,17 +134,18 @@ class VqaTrainingDataset(_VqaSamples):
 
 
 class VqaDataset(_VqaSamples):
-    """The samples of one annotation file, to be answered: `{"question_id": int, "question", "image", "dataset"}`.
+    """The samples of an annotation file for evaluation: `{"question_id": int, "question", "image", "dataset"}`.
 
-    Where the file has answers (ten per question, as `VqaTrainingDataset` reads them) they can be scored; a field
-    "answer_type" of "yes/no", "number" or "other" says the type, which is otherwise read off the answers.
+    The file may have ten answers per question, for scoring, and a field "answer_type" ("yes/no", "number" or "other"),
+    which is otherwise derived from the answers.
 
     Attributes:
         question_ids: of all samples.
-        people: ten answers per sample, or an empty list where the file has none.
-        types: the type of answer per sample that has answers.
+        people: ten answers per sample; empty without answers.
+        types: answer type per sample; empty without answers.
 
-    Raises DataError as `VqaTrainingDataset` does, and where two samples have the same question_id.
+    Raises:
+        DataError: as for `VqaTrainingDataset`, and if a question_id is not unique.
     """
 
     def __init__(
@@ -156,22 +157,21 @@ class VqaDataset(_VqaSamples):
         self._seen: dict[int, int] = {}
         super().__init__([file], roots, transform, outside=outside)
 
-    def _take(self, sample: Sample) -> None:
+    def _read_answers(self, sample: Sample) -> None:
         number = sample.get("question_id")
         if not isinstance(number, int) or isinstance(number, bool):
             raise sample.error(f"'question_id' must be a whole number, not {shown(number)}.")
         if number in self._seen:
             raise sample.error(
-                f"'question_id' is {number}, and sample {self._seen[number]} has it too. "
-                "Answers are told apart by it: give every question its own."
+                f"'question_id' is {number}, and sample {self._seen[number]} has it too. Give every question its own."
             )
         self._seen[number] = sample.number
         self.question_ids.append(number)
         if sample.number and ("answer" in sample.fields) != bool(self.people):
             other = "have answers" if self.people else "have none"
             raise sample.error(
-                f"the field 'answer' {'is there' if 'answer' in sample.fields else 'is missing'}, and the samples "
-                f"before {other}. A file has answers for all its questions, or for none."
+                f"the field 'answer' {'exists' if 'answer' in sample.fields else 'is missing'}, and the samples "
+                f"before {other}. A file must have answers for all questions, or for none."
             )
         if "answer" in sample.fields:
             self.people.append(tuple(_people(sample, ANNOTATORS)))
@@ -181,7 +181,7 @@ class VqaDataset(_VqaSamples):
             )
 
     def __getitem__(self, index: int) -> VqaItem:
-        """The sample of that number."""
+        """The sample at an index."""
         return {
             "image": self._image(index),
             "question": self._questions[index],
@@ -190,14 +190,14 @@ class VqaDataset(_VqaSamples):
         }
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the samples but for those of these numbers, to score the rest."""
+        """Return the data set without the samples at these indices."""
         return narrowed(self, numbers, "_questions", "_places", "question_ids", "people", "types")
 
 
 def _people(sample: Sample, count: int | None = None) -> list[str]:
     value = sample.get("answer")
     wanted = "some" if count is None else str(count)
-    # A person may have left an answer blank, as long as not all did.
+    # Some answers may be blank, but not all.
     if (
         not isinstance(value, list)
         or (count is not None and len(value) != count)
@@ -212,43 +212,42 @@ def read_answer_list(file: str | Path) -> tuple[str, ...]:
     """Return the candidate answers of an answer_list.json: a JSON list of texts.
 
     Raises:
-        DataError: it is missing, empty, or anything else; the message names the entry, counted from 0.
+        DataError: it is missing, empty, or anything else; the message names the item, counted from 0.
     """
     file = Path(file)
     try:
         values = parse_json(read_text(file))
     except (OSError, ValueError) as error:
-        described = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
         raise DataError(
-            f"The list of candidate answers {file} {described}. Ranking needs it; set inference: generate to do "
-            f"without."
+            f"The list of candidate answers {file} {problem}. Ranking needs it; inference: generate works without."
         ) from error
     if not isinstance(values, list) or not values:
         raise DataError(f"The list of candidate answers {file} must be a JSON list of texts, not {shown(values)}.")
     for number, value in enumerate(values):
         if not is_text(value):
-            raise DataError(f"{file}, entry {number}: must be a text that is not empty, not {shown(value)}.")
+            raise DataError(f"{file}, item {number}: must be a non-empty text, not {shown(value)}.")
     return tuple(values)
 
 
 @dataclass(frozen=True)
 class VqaCollator:
-    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+    """Collates items; a class, because workers need a picklable collator.
 
-    Texts are padded to the longest of the batch, and questions cut to 35 tokens. The first token stays [CLS]: the
-    model puts [ENC] or [DEC] there.
+    Texts are padded to the longest of the batch, and questions truncated to 35 tokens. The first token is [CLS]; the
+    model replaces it by [ENC] or [DEC].
 
     Attributes:
         tokenizer: of questions and answers.
-        candidates: token ids and mask of the list that answers are ranked from, [C, L] each; evaluation's batches
-            carry them. None where answers are generated.
+        candidates: token ids and mask of candidate answers, [candidates, tokens] each, for ranking in evaluation; None
+            if answers are generated.
     """
 
     tokenizer: Any
     candidates: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, items: Sequence[VqaItem]) -> dict[str, Tensor]:
-        """Return the items as one batch: in training, with answers [A, L], weights [A] and answer_counts [batch]."""
+        """Return the items as one batch; in training with answers, [answers, tokens], weights and answer_counts."""
         questions = self.tokenizer(
             [item["question"] for item in items],
             padding="longest",
@@ -275,6 +274,6 @@ class VqaCollator:
 
 
 def tokenize_answers(tokenizer: Any, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask of answers, [A, L] each, padded to the longest."""
+    """Return token ids and mask of answers, [answers, tokens] each, padded to the longest."""
     text = tokenizer(list(answers), padding="longest", return_tensors="pt")
     return text["input_ids"], text["attention_mask"]

@@ -1,4 +1,4 @@
-"""Generated images of coloured shapes, with sentences, captions, questions and answers that fit them."""
+"""Generated images of coloured shapes, with sentences, captions, questions and answers about them."""
 
 from upop.demo.write import FORMATS, Summary, write_shapes
 

@@ -1,4 +1,4 @@
-"""Writes generated images with captions as the files of COCO (captioning, retrieval) and Flickr30K lay them out."""
+"""Writes generated images with captions, in the formats of COCO (captioning, retrieval) and Flickr30K."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upop.demo.scenes import Scene, sample_scene
 from upop.demo.singles import sample_scenes
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
-"""Share of all images that each split draws from."""
+"""Share of all possible images in each split."""
 FEWEST_HELD_OUT = 50
 GROUND_TRUTH = "coco_gt"
 
@@ -24,15 +24,15 @@ _Key = tuple[str | None, str | None, str | None, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Flavour:
-    """What tells the captioning set and the retrieval sets apart.
+    """A variant of the set: captioning, retrieval, or retrieval in Flickr30K's format.
 
     Attributes:
-        task: goes into the chance that images and captions are drawn with.
-        files: the start of the annotation files' names.
+        task: part of the random seed.
+        files: prefix of the annotation files' names.
         draw: draws a scene.
         style: of the captions.
-        apart: whether no caption may fit another image of its split, where the split is not trained on.
-        ground_truth: whether COCO's ground truth files are wanted.
+        apart: whether a caption in a held-out split must fit its own image only.
+        ground_truth: whether to write COCO's ground truth files.
     """
 
     task: str
@@ -45,14 +45,14 @@ class Flavour:
 
 @dataclass(frozen=True, slots=True)
 class Captioned:
-    """A scene with captions, and what each of them tells."""
+    """A scene with captions and their meanings."""
 
     scene: Scene
     captions: tuple[tuple[str, Caption], ...]
 
 
 def _few_shapes(rng: Random) -> Scene:
-    """One to three shapes; one alone is rarer, for there are few such images."""
+    """Draw one to three shapes; single shapes are rarer, because there are few such images."""
     while True:
         scene = sample_scene(rng)
         if len(scene.shapes) <= 3 and (len(scene.shapes) > 1 or rng.random() < 0.3):
@@ -60,7 +60,7 @@ def _few_shapes(rng: Random) -> Scene:
 
 
 def _many_shapes(rng: Random) -> Scene:
-    """Three or four shapes: enough for a caption that fits no other image."""
+    """Draw three or four shapes, enough for a caption that fits no other image."""
     while True:
         scene = sample_scene(rng)
         if len(scene.shapes) >= 3:
@@ -68,30 +68,30 @@ def _many_shapes(rng: Random) -> Scene:
 
 
 class Gallery:
-    """Scenes and captions of a split in which every caption is to fit its own image only."""
+    """The scenes and captions of a split in which every caption must fit its own image only."""
 
     def __init__(self) -> None:
         self._scenes: list[tuple[frozenset[_Key], Scene]] = []
         self._captions: list[tuple[frozenset[_Key], Caption]] = []
 
-    def shows(self, caption: Caption) -> bool:
-        """Whether the caption fits a scene that is here."""
+    def has_scene_for(self, caption: Caption) -> bool:
+        """Whether the caption fits a scene of the gallery."""
         wanted = _described(caption)
         return any(wanted <= keys and caption.fits(scene) for keys, scene in self._scenes)
 
-    def tells(self, scene: Scene) -> bool:
-        """Whether a caption that is here fits the scene."""
+    def has_caption_for(self, scene: Scene) -> bool:
+        """Whether a caption of the gallery fits the scene."""
         keys = _shown(scene)
         return any(wanted <= keys and caption.fits(scene) for wanted, caption in self._captions)
 
     def add(self, new: Captioned) -> None:
-        """Take one more in."""
+        """Add a scene and its captions."""
         self._scenes.append((_shown(new.scene), new.scene))
         self._captions.extend((_described(caption), caption) for _, caption in new.captions)
 
 
 def _described(caption: Caption) -> frozenset[_Key]:
-    """Kind, colour, size and row of every mention: a caption fits no scene that has not all of them."""
+    """Return kind, colour, size and row of every mention; a scene that lacks one does not fit the caption."""
     return frozenset(
         (mention.noun.kind, mention.noun.colour, mention.noun.size, group.row)
         for group in caption.groups
@@ -109,13 +109,13 @@ def _shown(scene: Scene) -> frozenset[_Key]:
 
 
 def sample_captioned(flavour: Flavour, seed: int, split: str) -> Iterator[Captioned]:
-    """Captioned scenes of a split, without end."""
+    """Yield captioned scenes of a split, without end."""
     rng = Random(f"{seed}/{flavour.task}/{split}")
     gallery = Gallery() if flavour.apart and split != "train" else None
     for scene in sample_scenes(rng, seed, split, SHARES, flavour.draw):
-        if gallery is not None and gallery.tells(scene):
+        if gallery is not None and gallery.has_caption_for(scene):
             continue
-        captions = draw_captions(rng, scene, flavour.style, refused=gallery.shows if gallery else None)
+        captions = draw_captions(rng, scene, flavour.style, refused=gallery.has_scene_for if gallery else None)
         if len(captions) < CAPTIONS_PER_IMAGE:
             continue
         new = Captioned(scene, tuple(captions))
@@ -140,7 +140,7 @@ def _write(flavour: Flavour, root: str, sink: Sink, seed: int, records: Mapping[
         for number, example in enumerate(sample_captioned(flavour, seed, split)):
             if len(each) >= wanted:
                 break
-            # No number twice in a set, whatever its size.
+            # Unique in a set of any size.
             identity = 10 * number + _NUMBERS[split]
             image = _image(flavour, split, identity, sink.suffix)
             sink.scene_image(root, image, example.scene)
@@ -161,7 +161,7 @@ def _write(flavour: Flavour, root: str, sink: Sink, seed: int, records: Mapping[
 def _image(flavour: Flavour, split: str, identity: int, suffix: str) -> str:
     if flavour.files.startswith("flickr"):
         return f"flickr30k-images/{identity}.{suffix}"
-    # As Karpathy's splits have it: both val and test come from COCO's val2014.
+    # In Karpathy's splits, val and test come from COCO's val2014.
     folder = "train2014" if split == "train" else "val2014"
     return f"{folder}/COCO_{folder}_{identity:012d}.{suffix}"
 
@@ -187,9 +187,13 @@ CAPTION_FLAVOUR = Flavour(
     apart=False,
     ground_truth=True,
 )
-_TELLING = Style(sizes=0.8, places={"nothing": 0.5, "rows": 0.25, "order": 0.25}, one_in_full=False)
-RETRIEVAL_FLAVOUR = Flavour("retrieval", "coco_karpathy", _many_shapes, _TELLING, apart=True, ground_truth=False)
-FLICKR_FLAVOUR = Flavour("retrieval-flickr", "flickr30k", _many_shapes, _TELLING, apart=True, ground_truth=False)
+_RETRIEVAL_STYLE = Style(sizes=0.8, places={"nothing": 0.5, "rows": 0.25, "order": 0.25}, one_in_full=False)
+RETRIEVAL_FLAVOUR = Flavour(
+    "retrieval", "coco_karpathy", _many_shapes, _RETRIEVAL_STYLE, apart=True, ground_truth=False
+)
+FLICKR_FLAVOUR = Flavour(
+    "retrieval-flickr", "flickr30k", _many_shapes, _RETRIEVAL_STYLE, apart=True, ground_truth=False
+)
 
 CAPTION = _format(CAPTION_FLAVOUR, "images/coco")
 RETRIEVAL = _format(RETRIEVAL_FLAVOUR, "images/coco")

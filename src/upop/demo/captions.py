@@ -1,7 +1,7 @@
-"""Captions of single images: what each one tells is a record that can be held against a scene.
+"""Captions of single images. The meaning of each caption is an object that can be compared with a scene.
 
-Every caption tells all shapes of its image, each with colour and kind; sizes and rows (or what is above what) are
-told or left out. Columns never are: training mirrors images.
+Every caption mentions all shapes of its image, with colour and kind. Sizes and rows, or the order of shapes, are
+optional. Columns are never mentioned, because training flips images.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from upop.demo.counting import NUMBER_WORDS
 from upop.demo.scenes import Noun, Scene, Shape
 
 MAX_WORDS = 22
-"""Longest caption: three shapes with size, colour, kind and row each."""
+"""Words of the longest caption: three shapes with size, colour, kind and row each."""
 ROWS = ("top", "middle", "bottom")
 ORDERS = {"above": ("above", "over"), "below": ("below", "under")}
-"""The words for each order of groups."""
+"""Order of groups -> words for it."""
 
 Order = Literal["above", "below"]
 Places = Literal["nothing", "rows", "order"]
@@ -28,20 +28,20 @@ Places = Literal["nothing", "rows", "order"]
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """A number of shapes that look alike."""
+    """A number of identical shapes."""
 
     number: int
     noun: Noun
 
     @property
     def words(self) -> str:
-        """How they are mentioned: "a red circle", "two red circles"."""
+        """The mention in words: "a red circle", "two red circles"."""
         return f"a {self.noun.singular}" if self.number == 1 else f"{NUMBER_WORDS[self.number]} {self.noun.plural}"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Shapes that are mentioned together, and their row (0 is the top) where it is told."""
+    """Shapes that are mentioned together, and their row (0 is the top), if mentioned."""
 
     mentions: tuple[Mention, ...]
     row: int | None = None
@@ -49,23 +49,23 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What a caption tells: groups of shapes; with an order, each group is above (or below) the next one."""
+    """The meaning of a caption: groups of shapes; with an order, each group is above (or below) the next one."""
 
     groups: tuple[Group, ...]
     order: Order | None = None
 
     @property
     def mentions(self) -> tuple[Mention, ...]:
-        """All mentions, as they are told."""
+        """All mentions, in order."""
         return tuple(mention for group in self.groups for mention in group.mentions)
 
     @property
     def number(self) -> int:
-        """How many shapes it mentions."""
+        """The number of shapes mentioned."""
         return sum(mention.number for mention in self.mentions)
 
     def fits(self, scene: Scene) -> bool:
-        """Whether all that it tells is true of the scene, which may show more."""
+        """Whether the caption is true of the scene, which may show more."""
         wanted = [
             (mention.noun, group.row, rank)
             for rank, group in enumerate(self.groups)
@@ -91,22 +91,22 @@ class Caption:
         return all(a.is_above(b) if self.order == "above" else b.is_above(a) for a, b in pairs)
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it, all of the same meaning; none where all of them would be too long."""
+        """The phrasings of the caption; none if all of them are too long."""
         first = self.mentions[0]
         be = "there is" if first.number == 1 else "there are"
-        said = self._said()
-        ways = [way for plain in said for way in (plain, f"{be} {plain}")]
+        texts = self._texts()
+        ways = [way for plain in texts for way in (plain, f"{be} {plain}")]
         if len(self.groups) == 1 and self.groups[0].row is None:
             others = self.mentions[1:]
             if others:
                 ways.append(f"{first.words} with {_listed([mention.words for mention in others])}")
-                ways.append(f"{NUMBER_WORDS[self.number]} shapes, {said[0]}")
+                ways.append(f"{NUMBER_WORDS[self.number]} shapes, {texts[0]}")
             else:
-                ways.append(f"only {said[0]}")
-                ways.append(f"one {first.noun.singular}" if first.number == 1 else f"exactly {said[0]}")
+                ways.append(f"only {texts[0]}")
+                ways.append(f"one {first.noun.singular}" if first.number == 1 else f"exactly {texts[0]}")
         return tuple(way for way in ways if len(way.split()) <= MAX_WORDS)
 
-    def _said(self) -> list[str]:
+    def _texts(self) -> list[str]:
         groups = [_listed([mention.words for mention in group.mentions]) for group in self.groups]
         if self.order is not None:
             return [f" {word} ".join(groups) for word in ORDERS[self.order]]
@@ -115,7 +115,7 @@ class Caption:
         rows = [ROWS[group.row] for group in self.groups if group.row is not None]
         at = ["in the middle" if row == "middle" else f"at the {row}" for row in rows]
         styles = (at, [f"in the {row} row" for row in rows])
-        return [_listed([f"{said} {place}" for said, place in zip(groups, style, strict=True)]) for style in styles]
+        return [_listed([f"{text} {place}" for text, place in zip(groups, style, strict=True)]) for style in styles]
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -123,9 +123,9 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def describe(rng: Random, scene: Scene, *, sizes: bool, places: Places) -> Caption:
-    """Tell all shapes of a scene, in an order drawn at random, with or without sizes and places.
+    """Describe all shapes of a scene in random order, with or without sizes and places.
 
-    An order needs shapes in more than one row; where all are in one, no places are told.
+    An order needs shapes in more than one row; otherwise no places are mentioned.
     """
     rows = sorted({shape.row for shape in scene.shapes})
     if places == "nothing" or (places == "order" and len(rows) == 1):
@@ -152,7 +152,7 @@ def _mentions(rng: Random, shapes: Sequence[Shape], sizes: bool) -> tuple[Mentio
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How often captions tell sizes (0 to 1), how often which places, and whether one of them tells it all."""
+    """Shares of captions with sizes and with each sort of place, and whether one caption mentions everything."""
 
     sizes: float
     places: Mapping[Places, float]
@@ -166,9 +166,9 @@ _DRAWS = 60
 def draw_captions(
     rng: Random, scene: Scene, style: Style, refused: Callable[[Caption], bool] | None = None
 ) -> list[tuple[str, Caption]]:
-    """Draw five different captions of a scene, each with what it tells; fewer where five are not found.
+    """Draw five different captions of a scene, with their meanings; fewer if five are not found.
 
-    Those that `refused` is true of are left out.
+    Captions for which `refused` is true are left out.
     """
     found: dict[str, Caption] = {}
     kinds, weights = list(style.places), list(style.places.values())

@@ -1,8 +1,8 @@
-"""Writes questions about generated images as people write chat data: JSON lines, with one image or two to a row.
+"""Writes questions about generated images as chat data: JSON lines, with one or two images per row.
 
-`{train,val,test}.jsonl` have a question and an answer; `train-conversations.jsonl` has the same rows in the manner of
-LLaVA, `train-messages.jsonl` in that of OpenAI. What is asked: how many shapes there are, whether there is one of a
-sort, its colour or kind, a description, and whether two images agree.
+`{train,val,test}.jsonl` have a question and an answer; `train-conversations.jsonl` has the same rows in LLaVA's format,
+`train-messages.jsonl` in OpenAI's. Questions ask for the number of shapes, the presence of a shape, its colour or kind,
+a description, and a comparison of two images.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from upop.demo.scenes import COLOURS, KINDS, Noun, Scene, sample_scene
 from upop.demo.singles import sample_scenes
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
-"""Share of all scenes that each split draws from."""
+"""Share of all possible scenes in each split."""
 SORTS = ("count", "there", "colour", "kind", "describe", "both")
-"""What is asked, in turn; "both" is about two images."""
+"""Sorts of questions, in turn; "both" is about two images."""
 _DESCRIBED = 2
-"""Shapes of an image that is described, at most."""
+"""Maximum number of shapes in a described image."""
 FEWEST_HELD_OUT = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AnsweredQuestion:
     """A question about one scene or two, and its answer."""
 
     scenes: tuple[Scene, ...]
@@ -35,32 +35,32 @@ class Asked:
     answer: str
 
 
-def ask(rng: Random, scenes: Iterator[Scene], sort: str) -> Asked:
-    """Draw a question of a sort of `SORTS`; the answer is as often yes as no."""
+def ask(rng: Random, scenes: Iterator[Scene], sort: str) -> AnsweredQuestion:
+    """Draw a question of a sort of `SORTS`; yes and no are equally frequent."""
     wanted = rng.random() < 0.5
     while True:
         scene = next(scenes)
         if sort == "count":
-            return Asked((scene,), "how many shapes are there?", str(len(scene.shapes)))
+            return AnsweredQuestion((scene,), "how many shapes are there?", str(len(scene.shapes)))
         if sort == "describe" and len(scene.shapes) <= _DESCRIBED:
             shapes = sorted(scene.shapes, key=lambda shape: (shape.row, shape.column))
-            return Asked(
+            return AnsweredQuestion(
                 (scene,), "describe the image.", " and ".join(f"a {each.colour} {each.kind}" for each in shapes)
             )
         if sort == "there":
             noun = Noun(colour=rng.choice(COLOURS), kind=rng.choice(KINDS))
             if scene.has(noun) == wanted:
-                return Asked((scene,), f"is there a {noun.singular}?", "yes" if wanted else "no")
+                return AnsweredQuestion((scene,), f"is there a {noun.singular}?", "yes" if wanted else "no")
         if sort == "both":
             other, kind = next(scenes), rng.choice(KINDS)
             if (scene.has(Noun(kind=kind)) and other.has(Noun(kind=kind))) == wanted:
-                return Asked((scene, other), f"do both images show a {kind}?", "yes" if wanted else "no")
+                return AnsweredQuestion((scene, other), f"do both images show a {kind}?", "yes" if wanted else "no")
         if sort in ("colour", "kind"):
             shape = rng.choice(scene.shapes)
             noun = Noun(kind=shape.kind) if sort == "colour" else Noun(colour=shape.colour)
             if scene.count(noun) == 1:
                 asked = "color" if sort == "colour" else "kind"
-                return Asked((scene,), f"what {asked} is the {noun.singular}?", str(getattr(shape, sort)))
+                return AnsweredQuestion((scene,), f"what {asked} is the {noun.singular}?", str(getattr(shape, sort)))
 
 
 def _write(sink: Sink, seed: int, records: Mapping[str, int]) -> None:
@@ -82,15 +82,15 @@ def _write(sink: Sink, seed: int, records: Mapping[str, int]) -> None:
 
 
 def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
-    asked = "<image>\n" * len(row["images"]) + row["question"]
-    said = [{"from": "human", "value": asked}, {"from": "gpt", "value": row["answer"]}]
-    return {"image": row["images"], "conversations": said}
+    question = "<image>\n" * len(row["images"]) + row["question"]
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row["answer"]}]
+    return {"image": row["images"], "conversations": turns}
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
     parts = [*({"type": "image"} for _ in row["images"]), {"type": "text", "text": row["question"]}]
-    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": row["answer"]}]
-    return {"images": row["images"], "messages": said}
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": row["answer"]}]
+    return {"images": row["images"], "messages": turns}
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

@@ -1,9 +1,8 @@
-"""Claims about a pair of images: each one is a predicate over the two scenes and the ways to say it.
+"""Claims about a pair of images: each is a predicate over two scenes, with its phrasings.
 
-A claim holds no label: `truth` reads it off the scenes, and is the only place where truth is decided. `truth`
-is None where the claim would sound wrong rather than false ("the circle in the left image" when there are
-three circles). Inside an image only vertical words are used: training may swap the two images together
-with the words left and right, so these two words must name nothing but the images.
+A claim has no label: `truth` derives it from the scenes. It is None if the claim does not apply ("the circle in the
+left image" with three circles). Within an image only vertical relations are used: training may swap the two images and
+the words left and right together, so these words must refer to the images only.
 """
 
 from __future__ import annotations
@@ -18,38 +17,38 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The two scenes of a record."""
+    """The two scenes of a sample."""
 
     left: Scene
     right: Scene
 
     def side(self, side: Side) -> Scene:
-        """The scene on that side."""
+        """Return the scene on a side."""
         return self.left if side == "left" else self.right
 
     def swapped(self) -> Pair:
-        """The same two scenes, the other way round."""
+        """Return the pair with its scenes swapped."""
         return Pair(self.right, self.left)
 
     @property
     def content(self) -> frozenset[tuple[tuple[str, str, str, int, int], ...]]:
-        """What the pair shows, whichever way round: equal for pairs that look alike."""
+        """The content of the pair in any order: equal for pairs that look the same."""
         return frozenset((self.left.content, self.right.content))
 
 
 def other(side: Side) -> Side:
-    """The opposite side."""
+    """Return the opposite side."""
     return "right" if side == "left" else "left"
 
 
 class Claim(Protocol):
-    """What every claim can do."""
+    """The interface of claims."""
 
     def truth(self, pair: Pair) -> bool | None:
-        """Whether the claim holds; None where it cannot be said of this pair."""
+        """Whether the claim is true; None if it does not apply to this pair."""
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it, all of the same meaning."""
+        """Return sentences with the meaning of the claim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Shows(Claim):
         return pair.side(self.side).has(self.noun)
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         noun, side = self.noun.singular, self.side
         return (
             f"the {side} image shows a {noun}",
@@ -86,7 +85,7 @@ class Lacks(Claim):
         return not pair.side(self.side).has(self.noun)
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         noun, side = self.noun.singular, self.side
         return (
             f"there is no {noun} in the {side} image",
@@ -109,7 +108,7 @@ class InHowMany(Claim):
         return images == {"both": 2, "neither": 0}[self.which]
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         noun = self.noun.singular
         if self.which == "both":
             return (
@@ -137,7 +136,7 @@ class OnlyIn(Claim):
         return pair.side(self.side).has(self.noun) and not pair.side(other(self.side)).has(self.noun)
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         noun, side = self.noun.singular, self.side
         return (
             f"only the {side} image shows a {noun}",
@@ -160,7 +159,7 @@ class Every(Claim):
         return all(wanted.fits(shape) for shape in shapes) if len(shapes) > 1 else None
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         place = f"the {self.side} image"
         is_kind = self.value in KINDS
         only = having(Noun(), self.value).plural
@@ -186,7 +185,7 @@ class The(Claim):
         return having(Noun(), self.value).fits(shapes[0]) if len(shapes) == 1 else None
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         value = f"a {self.value}" if self.value in KINDS else self.value
         return (
             f"the {self.noun.singular} in the {self.side} image is {value}",
@@ -211,7 +210,7 @@ class Above(Claim):
         return scene.any_above(self.second, self.first) if self.below else scene.any_above(self.first, self.second)
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         relation = f"{'below' if self.below else 'above'} a {self.second.singular}"
         first, side = self.first.singular, self.side
         return (
@@ -237,7 +236,7 @@ class AtEnd(Claim):
         return scene.any_in_row(self.noun, 0 if self.end == "top" else GRID - 1)
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         return (
             f"there is a {self.noun.singular} at the {self.end} of the {self.side} image",
             f"the {self.side} image shows a {self.noun.singular} at the {self.end}",
@@ -246,7 +245,7 @@ class AtEnd(Claim):
 
 
 def having(noun: Noun, value: str) -> Noun:
-    """The description with one more attribute word: a kind, a colour or a size."""
+    """Return the description with one more attribute: a kind, a colour or a size."""
     if value in KINDS:
         return Noun(value, noun.colour, noun.size)
     if value in COLOURS:

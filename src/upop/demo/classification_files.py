@@ -1,7 +1,7 @@
-"""Writes generated images as ImageNet's lie: one folder per class.
+"""Writes generated images in ImageNet's layout: one folder per class.
 
-Five to nine shapes lie in an image, and its class is the colour that most of them have and the kind that most of them
-are: a model has to look at all of them, and to count.
+An image has five to nine shapes, and its class is their most frequent colour and kind. A model has to attend to all of
+them, and to count.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from upop.demo.singles import sample_scenes
 from upop.errors import SettingError
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
-"""Share of all scenes that each split draws from."""
+"""Share of all possible scenes in each split."""
 CLASSES = tuple(sorted(product(COLOURS, KINDS)))
-"""Commonest colour and kind, in the order of the folders' names."""
+"""Most frequent colour and kind, in the order of the folders' names."""
 _SHAPES = (5, GRID * GRID)
 FEWEST_HELD_OUT = 10 * len(CLASSES)
 
 
 def draw_scene_of(colour: str, kind: str, rng: Random) -> Scene:
-    """Draw a scene in which more shapes have that colour than any other one, and more are of that kind."""
+    """Draw a scene whose most frequent colour and kind are the given ones."""
     cells = rng.sample(range(GRID * GRID), rng.randint(*_SHAPES))
     colours = _mostly(colour, COLOURS, len(cells), rng)
     kinds = _mostly(kind, KINDS, len(cells), rng)
@@ -46,7 +46,7 @@ def draw_scene_of(colour: str, kind: str, rng: Random) -> Scene:
 
 
 def _mostly(wanted: str, choices: Sequence[str], count: int, rng: Random) -> list[str]:
-    """Draw `count` of the choices, with one that comes up more often than any other: the wanted one."""
+    """Draw `count` of the choices such that the wanted one is the most frequent."""
     while True:
         drawn = rng.choices(choices, k=count)
         first, second = [*Counter(drawn).most_common(2), ("", 0)][:2]
@@ -56,7 +56,7 @@ def _mostly(wanted: str, choices: Sequence[str], count: int, rng: Random) -> lis
 
 def _records(size: int) -> dict[str, int]:
     if size < len(CLASSES):
-        raise SettingError(f"size must be at least {len(CLASSES)}, a picture for every class, not {size}.")
+        raise SettingError(f"size must be at least {len(CLASSES)}, one image per class, not {size}.")
     others = held_out(size, FEWEST_HELD_OUT)
     return {"train": size, "val": others, "test": others}
 

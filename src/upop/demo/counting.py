@@ -1,4 +1,4 @@
-"""Claims that count: numbers of shapes, and comparisons of numbers within an image and between the two."""
+"""Claims that count: numbers of shapes, and comparisons of numbers between the two images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 
 @dataclass(frozen=True, slots=True)
 class Count(Claim):
-    """How many such shapes one image shows, or (side None) both together."""
+    """The number of such shapes in one image, or (side None) in both together."""
 
     noun: Noun
     side: Side | None
@@ -34,7 +34,7 @@ class Count(Claim):
         }[self.relation]
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         noun = self.noun.singular if self.number == 1 else self.noun.plural
         things = f"{NUMBER_WORDS[self.number]} {noun}"
         be = "is" if self.number == 1 else "are"
@@ -75,7 +75,7 @@ class MoreIn(Claim):
         return here < there if self.fewer else here > there
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         things = f"{'fewer' if self.fewer else 'more'} {self.noun.plural}"
         here, there = self.side, other(self.side)
         return (
@@ -97,7 +97,7 @@ class SameNumber(Claim):
         return left == right if left + right else None
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
+        """Return sentences with the meaning of the claim."""
         return (
             f"both images show the same number of {self.noun.plural}",
             f"both images have the same number of {self.noun.plural}",

@@ -1,4 +1,4 @@
-"""Draws scenes with Pillow. Filling one shape is a function of its own, so that masks can use it too."""
+"""Draws scenes with Pillow; `fill_shape` also draws label maps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COLOUR_VALUES = {
 """Red, green and blue (0 to 255) of each colour word."""
 
 SUPERSAMPLING = 4
-"""Images are drawn this many times larger and averaged down: smooth edges at any size."""
+"""Images are drawn this many times larger and averaged, which gives smooth edges."""
 
 _ENCODER: dict[str, dict[str, int]] = {
-    # Fixed, so that the same scene always gives the same bytes.
+    # Fixed, so that the same scene gives the same bytes.
     "png": {"compress_level": 1},
     "jpeg": {"quality": 95, "subsampling": 0},
 }
@@ -32,9 +32,9 @@ _ENCODER: dict[str, dict[str, int]] = {
 
 @cache
 def _unit_polygon(kind: str) -> tuple[tuple[float, float], ...]:
-    """Corner points of a kind around (0, 0), within [-1, 1]."""
+    """Return the corners of a kind, centred at (0, 0), within [-1, 1]."""
     if kind == "square":
-        side = 0.86  # a full-width square would look larger than a circle of the same size word
+        side = 0.86  # a full-width square would look larger than a circle of the same size
         return ((-side, -side), (side, -side), (side, side), (-side, side))
     if kind == "triangle":
         return ((0.0, -0.95), (1.0, 0.85), (-1.0, 0.85))
@@ -42,7 +42,7 @@ def _unit_polygon(kind: str) -> tuple[tuple[float, float], ...]:
 
 
 def fill_shape(canvas: ImageDraw.ImageDraw, shape: Shape, side: int, value: int | tuple[int, int, int]) -> None:
-    """Fill the shape's area on a square canvas of `side` pixels with a colour (or, on a mask, a number)."""
+    """Fill a shape's area on a square canvas of `side` pixels with a colour, or a label."""
     x, y = (part * side for part in shape.centre)
     radius = shape.radius * side
     if shape.kind == "circle":
@@ -62,7 +62,7 @@ def draw_scene(scene: Scene, image_size: int = 64) -> Image.Image:
 
 
 def encode_image(image: Image.Image, image_format: ImageFormat = "png") -> bytes:
-    """The image as the bytes of a file; the same image always gives the same bytes."""
+    """Return the image as the bytes of a file; the same image gives the same bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format=image_format, **_ENCODER[image_format])
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What the writers of all generated sets share: how a set lies in its folder, and where images and records go."""
+"""Shared by the writers of all generated sets: the layout of a set, and writing its images and samples."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ ANNOTATION = "annotation"
 TOKENIZER = "tokenizer"
 
 MOST_HELD_OUT = 1000
-"""Most records of a split that is not trained on."""
+"""Maximum samples of a held-out split."""
 
 
 def held_out(size: int, fewest: int) -> int:
-    """Records of each split that is not trained on: a tenth of the training records, but `fewest` to 1000."""
+    """Return the samples of a held-out split: a tenth of the training samples, at least `fewest`, at most 1000."""
     return min(max(size // 10, fewest), MOST_HELD_OUT)
 
 
 class Sink:
-    """The folder that a set is written into.
+    """Writes a set to a folder.
 
     Args:
-        folder: the folder; there already.
+        folder: an existing folder.
         image_size: side of the images in pixels.
         image_format: their file format.
         drawn: called after every image.
@@ -43,18 +43,18 @@ class Sink:
         self.suffix = "jpg" if image_format == "jpeg" else "png"
 
     def scene_image(self, root: str, name: str, scene: Scene) -> None:
-        """Draw a scene into the file `name` under the folder `root` of the set."""
+        """Draw a scene to the file `name` in the folder `root` of the set."""
         self.image(f"{root}/{name}", draw_scene(scene, self.image_size), self._image_format)
         self._drawn()
 
     def image(self, name: str, image: Image.Image, image_format: ImageFormat) -> None:
-        """Write an image that does not count as one of the set's images."""
+        """Write an image without counting it as one of the set's."""
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_image(image, image_format))
 
     def records(self, name: str, records: Iterable[Any]) -> None:
-        """Write an annotation file: a JSON list with one entry a line."""
+        """Write an annotation file: a JSON list with one sample per line."""
         lines = ",\n".join(json.dumps(record) for record in records)
         self.text(f"{ANNOTATION}/{name}", f"[\n{lines}\n]\n")
 
@@ -67,13 +67,13 @@ class Sink:
 
 @dataclass(frozen=True)
 class SetFormat:
-    """How the set of one task lies on disk.
+    """The format of a task's set.
 
     Attributes:
-        roots: the settings that name folders of this set, and the folders, relative to the set's.
-        records: gives the records of every split from the training records asked for.
-        images: gives the images in all from the records of every split.
-        write: writes images and annotation files, from the seed and the records of every split.
+        roots: setting -> folder, relative to the set's.
+        records: number of training samples -> number of samples of every split.
+        images: number of samples of every split -> number of all images.
+        write: writes images and annotation files, from the seed and the number of samples of every split.
         texts: whether the set has texts, and with them an annotation folder and a tokenizer.
     """
 

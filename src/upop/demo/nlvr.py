@@ -1,11 +1,10 @@
-"""Samples NLVR2-like records: pairs of scenes, each with four sentences, two true and two false.
+"""Draws samples like those of NLVR2: pairs of scenes, each with two true and two false sentences.
 
-No word gives the label away, by construction. A *frame* fixes every choice that makes a sentence more or less
-likely to be true: the template, how many attributes its nouns carry, and its number word. Frames (with their
-phrasings) and labels are drawn before any scene, and each set of four frames is used for two pairs with
-opposite labels, so every frame is true exactly as often as false. What is left open (which colour, kind,
-size, side, end) is drawn symmetrically, by a process that would go the same way with any two of these words
-exchanged. So the label and the text are independent, in expectation.
+By construction, no word reveals the label. A *frame* fixes every choice that makes a sentence more or less likely to be
+true: the template, the number of attributes of its nouns, and its number word. Frames, phrasings and labels are drawn
+before any scene. Each set of four frames is used for two pairs with opposite labels, so every frame is true exactly as
+often as false. Other words (colour, kind, size, side, end) are drawn by a process that is symmetric in them. So label
+and text are independent, in expectation.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ BLOCK = SENTENCES_PER_PAIR * PAIRS_PER_BLOCK
 """Sentences that are drawn together: two pairs with the same four frames and opposite labels."""
 
 _FRESH_WORD = 0.5
-"""How often one attribute of a shape that is there is replaced by a drawn one: close misses, not far ones."""
+"""Probability of replacing one attribute of a shape by a random one, which gives near misses."""
 _PROPOSALS = 25
 _SCENES = 400
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A sentence but for its symmetric words. A pair has no two frames of one `family`."""
+    """A sentence without its symmetric words. A pair has at most one frame of a `family`."""
 
     family: str
     weight: float
@@ -44,7 +43,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """One sentence of a pair, the claim it states, and its label."""
+    """A sentence about a pair, its claim, and its label."""
 
     sentence: str
     claim: Claim
@@ -53,7 +52,7 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One pair of scenes with its four statements."""
+    """A pair of scenes with four statements."""
 
     pair: Pair
     statements: tuple[Statement, ...]
@@ -63,7 +62,7 @@ _ATTRIBUTES = {"k": ("kind", KINDS), "c": ("colour", COLOURS), "z": ("size", SIZ
 
 
 def _noun(rng: Random, pair: Pair, parts: str) -> Noun:
-    """A description with these attributes (k, c, z), of a shape that is there or one word away from one."""
+    """Return a description with these attributes (k, c, z) of a shape in the pair, or one word away from it."""
     shape = rng.choice(pair.left.shapes + pair.right.shapes)
     words = {_ATTRIBUTES[part][0]: getattr(shape, _ATTRIBUTES[part][0]) for part in parts}
     if parts and rng.random() < _FRESH_WORD:
@@ -126,7 +125,7 @@ def _same_number(rng: Random, pair: Pair, *, parts: str) -> Claim:
 
 
 def _frames() -> Iterator[Frame]:
-    """All frames. The weights of a family add up to about its share of the sentences."""
+    """Yield all frames. The weights of a family add up to roughly its share of the sentences."""
     for parts in ("k", "c", "ck", "zk"):
         yield Frame("shows", 2.0, partial(_shows, parts=parts))
         yield Frame("lacks", 1.2, partial(_lacks, parts=parts))
@@ -168,7 +167,7 @@ _WEIGHTS = tuple(frame.weight for frame in FRAMES)
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A frame, and which of its phrasings is taken, as a share (0 to below 1) of however many there are."""
+    """A frame, and its phrasing as a fraction (0 to below 1) of the number of phrasings."""
 
     frame: Frame
     phrasing: float
@@ -184,7 +183,7 @@ def _draw_slots(rng: Random) -> tuple[_Slot, ...]:
 
 def _draw_pair(rng: Random) -> Pair:
     palette = sample_palette(rng)
-    # Images that draw on the same few attributes are what makes comparing them hard.
+    # Images with the same few attributes are harder to compare.
     second = palette if rng.random() < 0.5 else sample_palette(rng)
     return Pair(sample_scene(rng, palette), sample_scene(rng, second))
 
@@ -205,7 +204,7 @@ def _draw_example(
     taken: Set[object],
     besides: Pair | None = None,
 ) -> Example | None:
-    """A pair of scenes of which each frame can be said with its label; None if none is found in good time."""
+    """Return a pair of scenes with a statement for each frame and label; None if a limited search finds none."""
     for _ in range(_SCENES):
         pair = _draw_pair(rng)
         content = pair.content
@@ -225,9 +224,8 @@ def _draw_example(
 def sample_block(rng: Random, taken: Set[object] = frozenset()) -> tuple[Example, Example]:
     """Draw two examples with the same four frames and opposite labels, two true and two false in each.
 
-    `taken` holds the contents (`Pair.content`) that may not come up again. Both examples are redrawn together
-    when one of them cannot be made: dropping only the label that is hard to meet would make hard frames more
-    often false.
+    `taken` holds contents (`Pair.content`) that must not be repeated. If one example cannot be made, both are redrawn:
+    dropping only labels that are hard to meet would bias hard frames towards false.
     """
     while True:
         slots = _draw_slots(rng)
@@ -242,10 +240,10 @@ def sample_block(rng: Random, taken: Set[object] = frozenset()) -> tuple[Example
 
 
 def sample_split(seed: int, split: str, records: int, taken: Set[object] = frozenset()) -> Iterator[Example]:
-    """Examples of a split that hold at least `records` sentences (whole blocks), without repeating a pair.
+    """Yield examples of a split with at least `records` sentences (whole blocks), without repeating a pair.
 
-    Block number i depends on the seed, the split's name and i (and only through repeats on anything else), so
-    a shorter split is the beginning of a longer one.
+    Block i depends on the seed, the split and i, and otherwise only on repeats, so a shorter split is the beginning of
+    a longer one.
     """
     seen = set(taken)
     for index in range(-(-records // BLOCK)):

@@ -1,4 +1,4 @@
-"""Writes generated pairs of images as NLVR2's files lay them out: nlvr_{train,dev,test}.json."""
+"""Writes generated pairs of images in NLVR2's format: nlvr_{train,dev,test}.json."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ def _write(sink: Sink, seed: int, records: Mapping[str, int]) -> None:
 
 
 def _splits(seed: int, size: int) -> Iterator[tuple[str, Iterator[Example]]]:
-    """The examples of test, dev and train; a later split yields to the earlier ones where pairs repeat.
+    """Yield the examples of test, dev and train; later splits leave out pairs of earlier ones.
 
-    It yields to the largest dev and test there can be, not to the ones written: the training records must not
-    depend on the size.
+    Training leaves out the pairs of the largest possible dev and test, so that its samples do not depend on the size.
     """
     taken: set[object] = set()
     for split in ("test", "dev"):

@@ -1,7 +1,7 @@
-"""Questions about single images: each one is a function from a scene to its answer and the ways to ask it.
+"""Questions about single images: each is a function from a scene to its answer, with its phrasings.
 
-As with claims, `answer` reads the answer off the scene and is the only place where it is decided; it is None where
-the question would make no sense ("what color is the circle?" of two circles, or of none).
+`answer` derives the answer from the scene; it is None if the question does not apply ("what color is the circle?" with
+two circles, or none).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from upop.demo.scenes import KINDS, Noun, Scene, Shape
 
 
 class Question(Protocol):
-    """What every question can do."""
+    """The interface of questions."""
 
     def answer(self, scene: Scene) -> str | None:
-        """The answer in one or two words (numbers as digits); None where it cannot be asked of this scene."""
+        """Return the answer in one or two words (numbers as digits); None if the question does not apply."""
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it, all of the same meaning."""
+        """Return questions with this meaning."""
 
 
 def _yes(truth: bool) -> str:
@@ -42,7 +42,7 @@ class IsThere(Question):
         return _yes(scene.any_in_row(self.noun, self.row)) if scene.has(self.noun) else None
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         noun = self.noun.singular
         if self.row is None:
             return (
@@ -74,7 +74,7 @@ class IsAbove(Question):
         return _yes(scene.any_above(upper, lower))
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         first, second = self.first.singular, self.second.singular
         words = ("below", "under") if self.below else ("above", "over")
         return tuple(f"is the {first} {word} the {second}?" for word in words)
@@ -96,7 +96,7 @@ class AreThereMore(Question):
         return _yes(here < there if self.fewer else here > there)
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         things = f"{'fewer' if self.fewer else 'more'} {self.first.plural} than {self.second.plural}"
         return (
             f"are there {things}?",
@@ -117,7 +117,7 @@ class AreAll(Question):
         return _yes(number == len(scene.shapes)) if number and len(scene.shapes) > 1 else None
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         is_kind = self.value in KINDS
         return (
             f"are all shapes {Noun(kind=self.value).plural if is_kind else self.value}?",
@@ -139,7 +139,7 @@ class IsThe(Question):
         return None if shape is None else _yes(having(Noun(), self.value).fits(shape))
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         value = f"a {self.value}" if self.value in KINDS else self.value
         return (f"is the {self.noun.singular} {value}?",)
 
@@ -156,7 +156,7 @@ class HowMany(Question):
         return str(sum(self.row in (None, shape.row) for shape in scene.matching(self.noun)))
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         nouns = self.noun.plural
         if self.row is None:
             return (
@@ -187,7 +187,7 @@ class WhatIs(Question):
         return {"colour": shape.colour, "kind": shape.kind, "size": shape.size, "row": ROWS[shape.row]}[self.asked]
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         noun = self.noun.singular
         return {
             "colour": (f"what color is the {noun}?", f"what is the color of the {noun}?"),
@@ -209,7 +209,7 @@ class WhatIsAt(Question):
         return None if shape is None else f"{shape.colour} {shape.kind}"
 
     def phrasings(self) -> tuple[str, ...]:
-        """The ways to ask it."""
+        """Return questions with this meaning."""
         return (
             f"what is {at_row(self.row)}?",
             f"what can you see {at_row(self.row)}?",
@@ -218,7 +218,7 @@ class WhatIsAt(Question):
 
 
 def at_row(row: int) -> str:
-    """The words for a place in that row."""
+    """Return the words for a row."""
     return "in the middle" if ROWS[row] == "middle" else f"at the {ROWS[row]}"
 
 

@@ -1,7 +1,6 @@
-"""Reads captions of generated images back, to tell whether a model's caption is true of its image.
+"""Parses captions of generated images, to check whether a model's caption is true of its image.
 
-The published files carry no scenes. But one caption of every image tells all there is to tell, and so the scene
-can be read off the references.
+The annotation files have no scenes, but one reference of every image mentions everything, which gives the scene.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _PART = re.compile(
 
 
 def read_caption(text: str) -> Caption | None:
-    """What a caption tells; None where it is none of ours (cut off, ungrammatical, or at odds with itself)."""
+    """Parse a caption; None if it is not in the language of the generated captions, or contradicts itself."""
     text, total = text.strip(), None
     if found := _START.match(text):
         text = text[found.end() :]
@@ -60,7 +59,7 @@ def read_caption(text: str) -> Caption | None:
 
 
 def _parts(text: str) -> list[tuple[str, re.Match[str]]] | None:
-    """The parts that a caption consists of, by name; None where they do not follow one another as they must."""
+    """Split a caption into named parts; None if their order is not valid."""
     parts: list[tuple[str, re.Match[str]]] = []
     place, before = 0, "join"
     while place < len(text):
@@ -68,7 +67,7 @@ def _parts(text: str) -> list[tuple[str, re.Match[str]]] | None:
         if found is None:
             return None
         name = next(name for name in ("number", "row", "order", "join") if found[name])
-        # Shapes follow the start, a joining word or an order; everything else follows shapes, or a row.
+        # Shapes follow the start, a joining word or an order; everything else follows shapes or a row.
         if (name == "number") != (before in ("join", "order")) or (name == "row" and before == "row"):
             return None
         parts.append((name, found))
@@ -77,10 +76,10 @@ def _parts(text: str) -> list[tuple[str, re.Match[str]]] | None:
 
 
 def read_scene(captions: Sequence[str]) -> Scene:
-    """The scene that one of the captions tells in full; all its shapes are put in the first column.
+    """Return the scene that one of the captions describes completely, with all shapes in the first column.
 
     Raises:
-        DataError: none of them tells size, colour, kind and row of every shape.
+        DataError: none of them has size, colour, kind and row of every shape.
     """
     for caption in filter(None, map(read_caption, captions)):
         shapes = [
@@ -93,27 +92,31 @@ def read_scene(captions: Sequence[str]) -> Scene:
         if len(shapes) == caption.number:
             return Scene(tuple(shapes))
     raise DataError(
-        f"None of the captions tells size, colour, kind and row of every shape: {list(captions)!r}. "
-        "Only the generated captioning set (upop data shapes --task caption) can be read."
+        f"None of the captions has size, colour, kind and row of every shape: {list(captions)!r}. "
+        "Only the generated captioning set (upop data shapes --task caption) is supported."
     )
 
 
 def describes(text: str, captions: Sequence[str]) -> bool:
-    """Whether a caption mentions every shape of the image that the captions tell of, and nothing that is false.
+    """Whether a caption mentions every shape of the image, and nothing false.
+
+    Args:
+        text: the caption.
+        captions: references of the image.
 
     Raises:
-        DataError: the captions do not tell what the image shows.
+        DataError: the references do not describe the image completely.
     """
     scene, caption = read_scene(captions), read_caption(text)
     return caption is not None and caption.number == len(scene.shapes) and caption.fits(scene)
 
 
 def exact_share(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
-    """Return "exact", the share of captions that mention every shape and say nothing false, in percent.
+    """Return "exact", the percentage of captions that mention every shape and nothing false.
 
     Args:
-        captions: by image number.
-        references: of the generated set, by the same numbers; of any other, nothing is returned.
+        captions: number of an image -> generated caption.
+        references: number of an image -> references; {} is returned if they are not of the generated set.
     """
     try:
         exact = sum(describes(text, references[number]) for number, text in captions.items())

@@ -1,8 +1,7 @@
-"""Scenes: what a generated image shows, as plain records that can be asked questions.
+"""Scenes: the content of generated images.
 
-A scene comes first; images, sentences, answers, labels and masks are all read off the same scene, so they
-cannot disagree. Positions are shares of the image (0 to 1, origin at the top left), so that a scene has no
-pixel size.
+Images, sentences, answers, labels and label maps are all derived from the same scene, so they cannot disagree.
+Positions are shares of the image (0 to 1, origin at the top left), so a scene has no pixel size.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ GRID = 3
 """Rows and columns of cells; a shape sits in a cell of its own."""
 MAX_SHAPES = 4
 DIAMETER = {"small": 0.160, "large": 0.285}
-"""Extent of a shape, as a share of the image: below a cell less twice the jitter, so that none overlap."""
+"""Size of a shape, as a share of the image: below a cell minus twice the jitter, so that shapes do not overlap."""
 JITTER = 0.022
-"""Largest shift off the cell's centre, as a share of the image: so small that rows never look mixed up."""
+"""Maximum shift from the cell's centre, as a share of the image: small enough to keep rows distinct."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One coloured shape: what it is, its cell (row 0 is the top), and its shift off the cell's centre."""
+    """A coloured shape: its attributes, its cell (row 0 is the top), and its shift from the cell's centre."""
 
     kind: str
     colour: str
@@ -38,16 +37,16 @@ class Shape:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """(x, y) of the centre, as shares of the image."""
+        """The centre, (x, y), as shares of the image."""
         return (self.column + 0.5) / GRID + self.dx, (self.row + 0.5) / GRID + self.dy
 
     @property
     def radius(self) -> float:
-        """Half the extent, as a share of the image."""
+        """Half of the size, as a share of the image."""
         return DIAMETER[self.size] / 2
 
     def is_above(self, other: Shape) -> bool:
-        """Whether this shape lies in a higher row than the other one."""
+        """Whether this shape is in a higher row than the other one."""
         return self.row < other.row
 
 
@@ -60,7 +59,7 @@ class Noun:
     size: str | None = None
 
     def fits(self, shape: Shape) -> bool:
-        """Whether the shape has every attribute that is given."""
+        """Whether the shape has all given attributes."""
         return (
             (self.kind is None or self.kind == shape.kind)
             and (self.colour is None or self.colour == shape.colour)
@@ -69,18 +68,18 @@ class Noun:
 
     @property
     def singular(self) -> str:
-        """The words for one of them, without an article; every one of them goes with "a"."""
+        """The description in the singular, without an article; it always takes "a"."""
         return " ".join(word for word in (self.size, self.colour, self.kind or "shape") if word)
 
     @property
     def plural(self) -> str:
-        """The words for several of them."""
+        """The description in the plural."""
         return f"{self.singular}s"
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one image shows: shapes on a light background (red, green, blue; 0 to 255)."""
+    """The content of an image: shapes on a light background (red, green, blue; 0 to 255)."""
 
     shapes: tuple[Shape, ...]
     background: tuple[int, int, int] = (245, 245, 245)
@@ -90,7 +89,7 @@ class Scene:
         return tuple(shape for shape in self.shapes if noun.fits(shape))
 
     def count(self, noun: Noun) -> int:
-        """How many shapes fit the description."""
+        """Return the number of shapes that fit the description."""
         return sum(noun.fits(shape) for shape in self.shapes)
 
     def has(self, noun: Noun) -> bool:
@@ -98,23 +97,23 @@ class Scene:
         return any(noun.fits(shape) for shape in self.shapes)
 
     def any_above(self, upper: Noun, lower: Noun) -> bool:
-        """Whether some shape that fits `upper` lies in a higher row than some shape that fits `lower`."""
+        """Whether a shape that fits `upper` is in a higher row than one that fits `lower`."""
         below = self.matching(lower)
         return any(shape.is_above(other) for shape in self.matching(upper) for other in below)
 
     def any_in_row(self, noun: Noun, row: int) -> bool:
-        """Whether some shape of that row fits the description."""
+        """Whether a shape in a row fits the description."""
         return any(shape.row == row and noun.fits(shape) for shape in self.shapes)
 
     @property
     def content(self) -> tuple[tuple[str, str, str, int, int], ...]:
-        """What the image shows without background and jitter, in a fixed order: equal for look-alikes."""
+        """The shapes without jitter and background, sorted: equal for images that look the same."""
         return tuple(sorted((s.kind, s.colour, s.size, s.row, s.column) for s in self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
 class Palette:
-    """The attributes a scene draws from: few of each, so that things repeat and can be counted."""
+    """The attributes of a scene: few of each, so that they repeat and can be counted."""
 
     kinds: Sequence[str]
     colours: Sequence[str]
@@ -122,7 +121,7 @@ class Palette:
 
 
 def sample_palette(rng: Random) -> Palette:
-    """Draw one to three kinds, one to three colours and one or both sizes. No attribute is favoured."""
+    """Draw one to three kinds, one to three colours and one or both sizes, all equally likely."""
     return Palette(
         kinds=rng.sample(KINDS, rng.choice((1, 2, 2, 3))),
         colours=rng.sample(COLOURS, rng.choice((1, 2, 2, 3))),

@@ -1,7 +1,7 @@
-"""Writes generated scenes with maps of what every pixel shows, as ADE20K's files lie.
+"""Writes generated scenes with label maps, in ADE20K's layout.
 
-A class is a colour and a kind ("red circle"), or the background; a thin frame belongs to no class, as some pixels of
-ADE20K do not.
+Classes are the background, and each colour and kind ("red circle"). A thin frame has no class, like some pixels of
+ADE20K.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from upop.demo.scenes import COLOURS, KINDS, Scene, sample_palette, sample_scene
 from upop.demo.singles import sample_scenes
 
 SHARES = {"training": 0.8, "validation": 0.2}
-"""Share of all scenes that each split draws from."""
+"""Share of all possible scenes in each split."""
 FEWEST_HELD_OUT = 50
 CLASSES = ("background", *(f"{colour} {kind}" for colour, kind in product(COLOURS, KINDS)))
-"""Names of the classes, whose labels are 1, 2, ...; label 0 is no class."""
+"""Names of the classes, with labels 1, 2, ...; label 0 is no class."""
 
 _ROOT = str(PurePosixPath(FOLDER))
 _FRAME = 1 / 32  # of the image's side
@@ -32,13 +32,13 @@ _NAMES = {"training": "ADE_train_{:08d}", "validation": "ADE_val_{:08d}"}
 
 
 def draw_labels(scene: Scene, image_size: int) -> Image.Image:
-    """Draw the labels of a scene's image, of the same size: a grey image with one label per pixel."""
+    """Draw the label map of a scene: a greyscale image with one label per pixel."""
     side = image_size * SUPERSAMPLING
     labels = Image.new("L", (side, side), 1 + CLASSES.index("background"))
     canvas = ImageDraw.Draw(labels)
     for shape in scene.shapes:
         fill_shape(canvas, shape, side, 1 + CLASSES.index(f"{shape.colour} {shape.kind}"))
-    # What lies at the middle of a pixel: labels cannot be averaged.
+    # Nearest, because labels cannot be averaged.
     labels = labels.resize((image_size, image_size), Image.Resampling.NEAREST)
     frame = max(1, round(image_size * _FRAME))
     ImageDraw.Draw(labels).rectangle((0, 0, image_size - 1, image_size - 1), outline=0, width=frame)
@@ -46,7 +46,7 @@ def draw_labels(scene: Scene, image_size: int) -> Image.Image:
 
 
 def _draw(rng: Random) -> Scene:
-    """Large shapes alone: of small ones most pixels lie at an edge, which patches can only draw roughly."""
+    """Draw large shapes only: most pixels of small ones are at an edge, which patches predict poorly."""
     return sample_scene(rng, replace(sample_palette(rng), sizes=("large",)))
 
 

@@ -1,7 +1,7 @@
-"""Single scenes for the splits of a set: what an image shows decides which split it may be in.
+"""Single scenes for the splits of a set: the content of an image decides its split.
 
-So no image comes up in two splits, neither as it is nor mirrored (training mirrors images), and what one split
-holds does not depend on how many images the others have.
+So no image appears in two splits, also not mirrored (training flips images), and a split does not depend on the size of
+the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from upop.demo.scenes import GRID, Scene
 
 
 def split_of(scene: Scene, seed: int, shares: Mapping[str, float]) -> str:
-    """The split that a scene belongs to; `shares` holds the share of each split, 1 in all."""
+    """Return the split of a scene; `shares` has the share of each split, 1 in all."""
     content = scene.content
     mirrored = tuple(
         sorted((kind, colour, size, row, GRID - 1 - column) for kind, colour, size, row, column in content)
@@ -31,7 +31,7 @@ def split_of(scene: Scene, seed: int, shares: Mapping[str, float]) -> str:
 def sample_scenes(
     rng: Random, seed: int, split: str, shares: Mapping[str, float], draw: Callable[[Random], Scene]
 ) -> Iterator[Scene]:
-    """Scenes of a split without end, from scenes that `draw` draws."""
+    """Yield scenes of a split from `draw`, without end."""
     while True:
         scene = draw(rng)
         if split_of(scene, seed, shares) == split:

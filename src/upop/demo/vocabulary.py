@@ -20,14 +20,14 @@ WORDS = (
     "triangles", "two", "under", "visible", "what", "where", "which", "with", "yellow", "yes", "you", "zero",
 )
 # fmt: on
-"""Every word that a generated sentence, caption, question or answer can hold."""
+"""All words of generated sentences, captions, questions and answers."""
 
 
 def vocabulary() -> list[str]:
-    """All entries; an entry's number is its place.
+    """Return the vocabulary in the order of ids.
 
-    After the words come single characters, alone and as `##` continuations, so that any ASCII text is
-    tokenized without [UNK].
+    After the words come single characters, alone and as `##` continuations, so that ASCII text is tokenized without
+    [UNK].
     """
     characters = string.ascii_lowercase + string.digits
     single = [character for character in characters if character not in WORDS]

@@ -1,9 +1,9 @@
-"""Samples VQA-like records: an image with four questions, each answered by ten annotators.
+"""Draws samples like those of VQA: an image with four questions, each answered by ten annotators.
 
-A question alone does not tell its answer. A *frame* fixes the sort of question and all words in it that are not
-drawn symmetrically; within a frame every answer comes up equally often, for a frame goes through all of its answers
-before one comes again, and waits for an image that has an answer that is due. What is left open (which colour,
-kind, size) is drawn by a process that would go the same way with any two of these words exchanged.
+A question alone does not reveal its answer. A *frame* fixes the sort of question and all words that are not drawn
+symmetrically. Within a frame all answers are equally frequent: a frame uses each of its answers once before it repeats
+one, and waits for an image with an answer that is due. Other words (colour, kind, size) are drawn by a process that is
+symmetric in them.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from upop.demo.singles import sample_scenes
 QUESTIONS_PER_IMAGE = 4
 ANNOTATORS = 10
 SHARES = {"train": 0.7, "vg": 0.1, "val": 0.1, "test": 0.1}
-"""Share of all images that each split draws from."""
+"""Share of all possible images in each split."""
 
 AnswerType = Literal["yes/no", "number", "other"]
 
 _YES_NO = ("yes", "no")
 _COLOURED = tuple(f"{colour} {kind}" for colour in COLOURS for kind in KINDS)
 _FRESH_WORD = 0.5
-"""How often one attribute of a shape that is there is replaced by a drawn one: close misses, not far ones."""
+"""Probability of replacing one attribute of a shape by a random one, which gives near misses."""
 _PROPOSALS = 12
 _DISSENTERS = {0: 0.6, 1: 0.15, 2: 0.15, 3: 0.1}
-"""How many annotators do not write the usual answer, and how often."""
+"""Number of annotators who give another answer -> probability."""
 _OTHER_WORDS = 0.5
-"""How often such an annotator writes the same in other words; otherwise the answer is wrong."""
+"""Probability that such an annotator gives the same answer in other words; otherwise it is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A question but for its symmetric words, and all answers to it. An image has no two of one `family`."""
+    """A question without its symmetric words, and its possible answers. An image has at most one of a `family`."""
 
     family: str
     weight: float
@@ -51,8 +51,8 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One question of an image: as a record, in words, the right answer, and what ten annotators wrote."""
+class AnnotatedQuestion:
+    """A question about an image: its meaning, its text, the correct answer, and the answers of ten annotators."""
 
     question: Question
     frame: Frame
@@ -63,17 +63,17 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One scene with its questions."""
+    """A scene with its questions."""
 
     scene: Scene
-    asked: tuple[Asked, ...]
+    questions: tuple[AnnotatedQuestion, ...]
 
 
 _ATTRIBUTES = {"k": ("kind", KINDS), "c": ("colour", COLOURS), "z": ("size", SIZES)}
 
 
 def _noun(rng: Random, scene: Scene, parts: str, fresh: float = _FRESH_WORD) -> Noun:
-    """A description with these attributes (k, c, z), of a shape that is there or one word away from one."""
+    """Return a description with these attributes (k, c, z) of a shape in the scene, or one word away from it."""
     shape = rng.choice(scene.shapes)
     words = {_ATTRIBUTES[part][0]: getattr(shape, _ATTRIBUTES[part][0]) for part in parts}
     if parts and rng.random() < fresh:
@@ -119,7 +119,7 @@ def _digits(first: int, last: int) -> tuple[str, ...]:
 
 
 def _frames() -> Iterator[Frame]:
-    """All frames. The weights of a family add up to about its share of the questions."""
+    """Yield all frames. The weights of a family add up to roughly its share of the questions."""
     for parts in ("k", "c", "ck", "zk"):
         yield Frame("is there", 0.5, "yes/no", _YES_NO, partial(_is_there, parts=parts))
     for parts in ("k", "c"):
@@ -157,17 +157,17 @@ _SAME = {
     **{row: (f"at the {row}" if row != "middle" else "in the middle",) for row in ROWS},
     **{thing: (f"a {thing}",) for thing in _COLOURED},
 }
-"""The same answers in other words, as annotators write them."""
+"""Answer -> the same answer in other words."""
 
 
 def answer_list() -> list[str]:
-    """Every answer that can come up, right or wrong, in every wording."""
+    """Return all possible answers, in all wordings."""
     usual = dict.fromkeys(answer for frame in FRAMES for answer in frame.answers)
     return [*usual, *(wording for answer in usual for wording in _SAME.get(answer, ()))]
 
 
 def annotate(rng: Random, frame: Frame, answer: str) -> tuple[str, ...]:
-    """What ten annotators write: most the right answer, some of them the same in other words, or a wrong one."""
+    """Return the answers of ten annotators: most are correct, some are in other words, or wrong."""
     dissenters = rng.choices(list(_DISSENTERS), list(_DISSENTERS.values()))[0]
     written = [answer] * ANNOTATORS
     for place in rng.sample(range(ANNOTATORS), dissenters):
@@ -179,7 +179,7 @@ def annotate(rng: Random, frame: Frame, answer: str) -> tuple[str, ...]:
 
 
 class _Decks:
-    """Which answers are still due in every frame: each of them once, then all of them again."""
+    """The answers that are due in every frame: each once, before all are due again."""
 
     def __init__(self) -> None:
         self._left: dict[Frame, list[str]] = {frame: list(frame.answers) for frame in FRAMES}
@@ -194,7 +194,7 @@ class _Decks:
 
 
 def _ask(rng: Random, scene: Scene, decks: _Decks) -> list[tuple[Frame, Question, str]]:
-    """Up to four questions of different families, with answers that are due."""
+    """Return up to four questions of different families, with answers that are due."""
     # Weighted order without replacement: the frame with the largest random() ** (1 / weight) comes first.
     order = sorted(FRAMES, key=lambda frame: rng.random() ** (1 / frame.weight), reverse=True)
     found: dict[str, tuple[Frame, Question, str]] = {}
@@ -213,16 +213,16 @@ def _ask(rng: Random, scene: Scene, decks: _Decks) -> list[tuple[Frame, Question
 
 
 def sample_examples(seed: int, split: str) -> Iterator[Example]:
-    """Examples of a split without end, with four questions each."""
+    """Yield examples of a split with four questions each, without end."""
     rng = Random(f"{seed}/vqa/{split}")
     decks = _Decks()
     for scene in sample_scenes(rng, seed, split, SHARES, sample_scene):
         chosen = _ask(rng, scene, decks)
         if len(chosen) < QUESTIONS_PER_IMAGE:
             continue
-        asked = []
+        questions = []
         for frame, question, answer in chosen:
             decks.met(frame, answer)
             text = rng.choice(question.phrasings())
-            asked.append(Asked(question, frame, text, answer, annotate(rng, frame, answer)))
-        yield Example(scene, tuple(asked))
+            questions.append(AnnotatedQuestion(question, frame, text, answer, annotate(rng, frame, answer)))
+        yield Example(scene, tuple(questions))

@@ -1,11 +1,11 @@
-"""Writes generated questions as VQAv2's and Visual Genome's files lay them out, and the list of answers."""
+"""Writes generated questions in the formats of VQAv2 and Visual Genome, and the list of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from upop.demo.layout import SetFormat, Sink, held_out
-from upop.demo.vqa import QUESTIONS_PER_IMAGE, Asked, answer_list, sample_examples
+from upop.demo.vqa import QUESTIONS_PER_IMAGE, AnnotatedQuestion, answer_list, sample_examples
 
 VQA_IMAGES = "images/mscoco"
 VG_IMAGES = "images/visual-genome"
@@ -32,12 +32,12 @@ def _write(sink: Sink, seed: int, records: Mapping[str, int]) -> None:
         for number, example in enumerate(sample_examples(seed, split)):
             if len(found) >= wanted:
                 break
-            # No number twice in a set, whatever its size.
+            # Unique in a set of any size.
             identity = 10 * number + _NUMBERS[split]
             image = _image(split, identity, sink.suffix)
             sink.scene_image(root, image, example.scene)
-            asked = enumerate(example.asked[: wanted - len(found)])
-            found.extend(_record(split, 10 * identity + place, image, one) for place, one in asked)
+            questions = enumerate(example.questions[: wanted - len(found)])
+            found.extend(_sample(split, 10 * identity + place, image, one) for place, one in questions)
         sink.records(_FILES[split], found)
     sink.records("answer_list.json", answer_list())
 
@@ -49,11 +49,11 @@ def _image(split: str, identity: int, suffix: str) -> str:
     return f"{folder}/COCO_{folder}_{identity:012d}.{suffix}"
 
 
-def _record(split: str, number: int, image: str, asked: Asked) -> dict[str, object]:
+def _sample(split: str, number: int, image: str, question: AnnotatedQuestion) -> dict[str, object]:
     if split == "vg":
-        return {"image": image, "question": asked.text, "answer": asked.answer, "dataset": "vg"}
-    answers = {} if split == "test" else {"answer": list(asked.answers)}
-    return {"question_id": number, "question": asked.text, **answers, "image": image, "dataset": "vqa"}
+        return {"image": image, "question": question.text, "answer": question.answer, "dataset": "vg"}
+    answers = {} if split == "test" else {"answer": list(question.answers)}
+    return {"question_id": number, "question": question.text, **answers, "image": image, "dataset": "vqa"}
 
 
 VQA = SetFormat({"vqa_root": VQA_IMAGES, "vg_root": VG_IMAGES}, _records, _images, _write)

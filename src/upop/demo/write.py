@@ -1,12 +1,12 @@
-"""Writes generated data sets to disk in the published formats, all of a set or nothing of it.
+"""Writes generated data sets to disk in the published formats, either completely or not at all.
 
-`OUT/annotation/...`          the annotation files (ann_root), named and laid out as the task's published ones
-`OUT/images/...`              the images; the settings' roots (image_root, or vqa_root and vg_root) are below
+`OUT/annotation/...`          annotation files (ann_root), with the published names and formats
+`OUT/images/...`              images; the settings' roots (image_root, or vqa_root and vg_root) are in here
 `OUT/tokenizer/vocab.txt`     a small WordPiece vocabulary
-`OUT/ade20k/...`              for segmentation, in place of all these: images and label maps, as ADE20K lays them out
-`OUT/{train,val,test}/CLASS/` for classification: images, as ImageNet lays them out
-`OUT/{train,val,test}.jsonl`  for chat: questions and answers, as chat files have them
-`OUT/shapes.json`             what was asked for: a folder with the same set is kept
+`OUT/ade20k/...`              segmentation, instead of these: images and label maps, in ADE20K's layout
+`OUT/{train,val,test}/CLASS/` classification: images, in ImageNet's layout
+`OUT/{train,val,test}.jsonl`  chat: questions and answers
+`OUT/shapes.json`             the arguments; a folder with the same set is kept
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from upop.files import replacing_folder
 from upop.reading import read_json
 
 VERSION = 1
-"""Goes up whenever the same seed would give other files."""
+"""Increased whenever the same seed gives different files."""
 MANIFEST = "shapes.json"
 
 FORMATS: dict[str, SetFormat] = {
@@ -44,14 +44,14 @@ FORMATS: dict[str, SetFormat] = {
     "segmentation": SEGMENTATION,
     "chat": CHAT,
 }
-"""How the set of every task is written."""
+"""Task -> format of its set."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What `write_shapes` left: for which task, where, records per split, images, and whether they were new."""
+    """The result of `write_shapes`: task, folder, samples per split, images, and whether they are new."""
 
     task: str
     folder: Path
@@ -69,17 +69,17 @@ class Summary:
 
     @property
     def annotation(self) -> Path:
-        """Folder of the annotation files (ann_root)."""
+        """The folder of the annotation files (ann_root)."""
         return self.folder / ANNOTATION
 
     @property
     def image_root(self) -> Path:
-        """Folder that the image paths of the (first kind of) records start from."""
+        """The folder that image paths are relative to; the first one, if there are several."""
         return self.folder / next(iter(FORMATS[self.task].roots.values()))
 
     @property
     def tokenizer(self) -> Path:
-        """Folder of vocab.txt."""
+        """The folder of vocab.txt."""
         return self.folder / TOKENIZER
 
 
@@ -104,23 +104,23 @@ def write_shapes(
     image_format: ImageFormat = "png",
     progress: Progress | None = None,
 ) -> Summary:
-    """Write a generated data set of a task with `size` training records.
+    """Write a generated data set of a task with `size` training samples.
 
-    The same arguments give the same bytes. The records of a smaller size are the first ones of a larger size, in
-    every split. No image (nlvr: no pair of images) of one split shows what an image of another one shows.
+    The same arguments give the same bytes. Samples of a smaller size are the first ones of a larger size, in every
+    split. No image (nlvr: no pair of images) has the same content as one in another split.
 
     Args:
         task: a name in `FORMATS`.
-        out: the folder to write: new, empty, or one that holds this very set, which is then kept.
+        out: the folder to write: new, empty, or with the same set, which is then kept.
         seed: any integer.
-        size: training records (caption and retrieval: captions); the other splits have about a tenth.
+        size: training samples (caption and retrieval: captions); the other splits have about a tenth.
         image_size: side of the images in pixels.
         image_format: png or jpeg.
-        progress: called with the images done and the images in all.
+        progress: called with the number of images so far, and of all images.
 
     Raises:
-        SettingError: an argument is out of its range.
-        DataError: `out` holds anything but this very set, or cannot be written; then nothing is left behind.
+        SettingError: an argument is out of range.
+        DataError: `out` holds anything else, or cannot be written; nothing is left behind.
     """
     _check_settings(task, seed, size, image_size, image_format)
     layout = FORMATS[task]
@@ -142,12 +142,13 @@ def write_shapes(
 def _check_settings(task: str, seed: int, size: int, image_size: int, image_format: str) -> None:
     if task not in FORMATS:
         raise SettingError(
-            f"No generated data for task {task!r}{nearest(task, list(FORMATS))}. There is {', '.join(FORMATS)}."
+            f"There are no generated data for task {task!r}{nearest(task, list(FORMATS))}; known are "
+            f"{', '.join(FORMATS)}."
         )
     if not isinstance(seed, int):
         raise SettingError(f"seed must be a whole number, not {seed!r}.")
     if size < 1:
-        raise SettingError(f"size is the number of training records and must be at least 1, not {size}.")
+        raise SettingError(f"size is the number of training samples and must be at least 1, not {size}.")
     if not 16 <= image_size <= 2048:
         raise SettingError(f"image_size must be 16 to 2048 pixels, not {image_size}.")
     if image_format not in get_args(ImageFormat):
@@ -155,12 +156,16 @@ def _check_settings(task: str, seed: int, size: int, image_size: int, image_form
 
 
 def _already_there(out: Path, manifest: _Manifest) -> bool:
-    """Whether `out` holds this very set. DataError if it holds anything else or is no folder."""
+    """Whether `out` holds the same set.
+
+    Raises:
+        DataError: it holds anything else, or is not a folder.
+    """
     try:
         if not out.exists():
             return False
         if not out.is_dir():
-            raise DataError(f"{out} is a file. Name a folder to write the generated data to.")
+            raise DataError(f"{out} is a file. Give a folder to write the generated data to.")
         inside = sorted(path.name for path in out.iterdir())
     except OSError as error:
         raise DataError(f"{out} cannot be read: {error}.") from error
@@ -169,16 +174,16 @@ def _already_there(out: Path, manifest: _Manifest) -> bool:
     if MANIFEST not in inside:
         raise DataError(
             f"{out} is not empty (it holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}) "
-            f"and has no {MANIFEST}, so it is no generated set. Name a new or empty folder."
+            f"and has no {MANIFEST}, so it is not a generated set. Give a new or empty folder."
         )
-    found = read_json(out / MANIFEST, DataError, "Name a new or empty folder.")
+    found = read_json(out / MANIFEST, DataError, "Give a new or empty folder.")
     wanted = asdict(manifest)
     if found == wanted:
         return True
     found = found if isinstance(found, dict) else {}
-    differing = [f"{key} {found.get(key)!r}, asked {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
+    differing = [f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     raise DataError(
-        f"{out} holds another generated set ({'; '.join(differing)}). Name another folder, or delete this one first."
+        f"{out} holds another generated set ({'; '.join(differing)}). Give another folder, or delete this one first."
     )
 
 

@@ -1,1 +1,1 @@
-"""Metrics of what models give: captions, answers, VQA accuracy, recall, segmentation."""
+"""Metrics: captions, answers, VQA accuracy, retrieval recall, segmentation."""

@@ -1,37 +1,38 @@
-"""How good written answers are, beside what people answered: exact match, VQA accuracy, ANLS."""
+"""Metrics of generated answers against reference answers: exact match, VQA accuracy, ANLS."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from upop.data.answers import normalise_answer
-from upop.metrics.vqa import answer_accuracy
+from upop.metrics.vqa import answer_accuracy, mean_percent
 
 _SIMILAR = 0.5
-"""Below this similarity ANLS counts an answer as wrong, as published (Biten et al., 2019)."""
+"""Lower similarities count as 0 in ANLS, as published (Biten et al., 2019)."""
 
 
 def answer_scores(answers: Sequence[str], people: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the metrics of answers, in percent: exact_match, anls, and where several people answered vqa_acc.
+    """Return exact_match and anls, and vqa_acc if every question has several references, in percent.
 
     Args:
         answers: one per question.
-        people: what is right, one or more per question.
+        people: reference answers, one or more per question.
     """
     pairs = list(zip(answers, people, strict=True))
     exact = [any(normalise_answer(answer) == normalise_answer(each) for each in wanted) for answer, wanted in pairs]
-    scores = {"exact_match": _percent(exact), "anls": _percent([anls(answer, wanted) for answer, wanted in pairs])}
+    similar = [anls(answer, wanted) for answer, wanted in pairs]
+    scores = {"exact_match": mean_percent(exact), "anls": mean_percent(similar)}
     if all(len(wanted) > 1 for wanted in people):
-        scores["vqa_acc"] = _percent([answer_accuracy(answer, wanted) for answer, wanted in pairs])
+        scores["vqa_acc"] = mean_percent([answer_accuracy(answer, wanted) for answer, wanted in pairs])
     return scores
 
 
 def anls(answer: str, people: Sequence[str]) -> float:
-    """Return the average normalised Levenshtein similarity of an answer to the nearest of those that are right, 0 to 1.
+    """Return the normalised Levenshtein similarity of an answer to its nearest reference, 0 to 1; ANLS averages it.
 
     Args:
-        answer: as written.
-        people: what is right.
+        answer: generated text.
+        people: reference answers.
     """
     found = max(_similarity(_plain(answer), _plain(each)) for each in people)
     return found if found >= _SIMILAR else 0.0
@@ -47,14 +48,10 @@ def _similarity(one: str, other: str) -> float:
 
 
 def _distance(one: str, other: str) -> int:
-    """The fewest letters to put in, take out or change that make one text the other."""
+    """Return the Levenshtein distance of two texts."""
     row = list(range(len(other) + 1))
     for number, letter in enumerate(one, 1):
         before, row[0] = row[0], number
         for place, wanted in enumerate(other, 1):
             before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (letter != wanted))
     return row[-1]
-
-
-def _percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values)

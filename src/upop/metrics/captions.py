@@ -1,8 +1,8 @@
-"""How good captions are: the metrics of COCO captioning, as far as this machine has what they need.
+"""Metrics of COCO captioning, as far as this machine has their dependencies.
 
-pycocoevalcap (the extra "coco") computes what is published; its METEOR, SPICE and word splitter run on Java, and SPICE
-needs models of 300 MB that the package fetches when asked to (`python -m pycocoevalcap.spice.get_stanford_models`).
-Without the package, torchmetrics gives BLEU and ROUGE-L, whose ROUGE-L weighs precision and recall alike.
+pycocoevalcap (the extra "coco") computes the published metrics. Its METEOR, SPICE and tokenizer run on Java, and SPICE
+needs models of 300 MB (`python -m pycocoevalcap.spice.get_stanford_models`). Without the package, torchmetrics computes
+BLEU and ROUGE-L; its ROUGE-L weighs precision and recall equally.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torchmetrics.functional.text import bleu_score, rouge_score
 from upop.data.text import clean_caption
 
 HAS_COCO = find_spec("pycocoevalcap") is not None
-"""Whether the published metrics can be computed."""
+"""Whether pycocoevalcap is installed."""
 
 Metric = Callable[[Mapping[int, str], Mapping[int, Sequence[str]]], dict[str, float]]
-"""Gives metrics of captions by image number, beside the references by the same numbers; nothing for other data."""
+"""(image -> caption, image -> references) -> metric -> value; {} for data that it does not apply to."""
 
 _Texts = dict[int, list[str]]
 _MORE: list[Metric] = []
@@ -37,12 +37,12 @@ def caption_scores(captions: Mapping[int, str], references: Mapping[int, Sequenc
     """Return the metrics of captions, in percent.
 
     Args:
-        captions: by image number.
-        references: captions that people gave, by the same numbers.
+        captions: number of an image -> generated caption.
+        references: number of an image -> its reference captions.
 
     Returns:
-        bleu1 to bleu4 and rouge_l; with pycocoevalcap cider, with Java meteor, with its models spice; and what
-        `register_metric` was given.
+        bleu1 to bleu4 and rouge_l; with pycocoevalcap cider, with Java meteor, with its models spice; and those of
+        `register_metric`.
     """
     scores = _coco_scores(captions, references) if HAS_COCO else _plain_scores(captions, references)
     for metric in _MORE:
@@ -51,20 +51,20 @@ def caption_scores(captions: Mapping[int, str], references: Mapping[int, Sequenc
 
 
 def register_metric(metric: Metric) -> None:
-    """Have `caption_scores` give another metric, too; one that is registered already is not given twice."""
+    """Add a metric to `caption_scores`; registering it again has no effect."""
     if metric not in _MORE:
         _MORE.append(metric)
 
 
 def deciding_metric() -> str:
-    """Return the metric that tells the best checkpoint: CIDEr, or BLEU-4 on machines that cannot split words for it."""
+    """Return the metric that selects the best checkpoint: CIDEr, or BLEU-4 without pycocoevalcap or Java."""
     return "cider" if HAS_COCO and _has_java() else "bleu4"
 
 
 def _plain_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
     _notify(
-        "pycocoevalcap is not installed: captions are written, and scored by BLEU and ROUGE-L from torchmetrics alone. "
-        'For CIDEr, METEOR and SPICE: pip install "upop[coco]", and Java.'
+        "pycocoevalcap is not installed: captions are scored by BLEU and ROUGE-L alone, from torchmetrics. For CIDEr, "
+        'METEOR and SPICE, install Java and pip install "upop[coco]".'
     )
     found = [_words(captions[number]) for number in captions]
     given = [[_words(text) for text in references[number]] for number in captions]
@@ -80,7 +80,7 @@ def _coco_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[
 
     found, given = _split(captions, references)
     scores: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # they print as they go
+    with contextlib.redirect_stdout(io.StringIO()):  # the scorers print
         scores |= zip(_BLEU, Bleu(4).compute_score(given, found)[0], strict=True)
         scores["rouge_l"] = Rouge().compute_score(given, found)[0]
         scores["cider"] = Cider().compute_score(given, found)[0]
@@ -89,24 +89,24 @@ def _coco_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[
                 scores[name] = score(given, found)
             except (OSError, ValueError, subprocess.SubprocessError) as error:
                 _notify(
-                    f"{name} could not be computed ({type(error).__name__}: {error}); the other metrics are there. "
-                    "Check that Java runs (java -version), 1.8 or later."
+                    f"{name} could not be computed ({type(error).__name__}: {error}) and is left out. Check that Java "
+                    "1.8 or later runs (java -version)."
                 )
     return {name: 100 * float(value) for name, value in scores.items()}
 
 
 def _java_scorers() -> dict[str, Callable[[_Texts, _Texts], float]]:
     if not _has_java():
-        _notify("There is no Java here: METEOR and SPICE are left out, and words are split at spaces. Install Java.")
+        _notify("Java is not installed: METEOR and SPICE are left out, and words are split at spaces. Install Java.")
         return {}
     from pycocoevalcap.spice.get_stanford_models import JAR, SPICEDIR, SPICELIB
 
-    # Without both files the package would fetch them, in the middle of a run.
+    # Without both files the package would download them in the middle of a run.
     if all(Path(SPICEDIR, SPICELIB, f"{JAR}{part}.jar").is_file() for part in ("", "-models")):
         return {"meteor": _meteor, "spice": _spice}
     _notify(
-        "SPICE is left out, for its models are not installed. "
-        "Fetch them: python -m pycocoevalcap.spice.get_stanford_models"
+        "SPICE is left out, because its models are not installed. "
+        "Download them: python -m pycocoevalcap.spice.get_stanford_models"
     )
     return {"meteor": _meteor}
 
@@ -118,7 +118,7 @@ def _meteor(given: _Texts, found: _Texts) -> float:
     try:
         score: float = scorer.compute_score(given, found)[0]
     finally:
-        # It leaves pipes open; and after a failure its destructor would wait for its own lock for ever.
+        # It leaves pipes open, and after a failure its destructor would wait for its own lock forever.
         for pipe in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr):
             with contextlib.suppress(OSError):
                 pipe.close()
@@ -135,8 +135,8 @@ def _spice(given: _Texts, found: _Texts) -> float:
 
 
 def _split(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> tuple[_Texts, _Texts]:
-    """Return captions and references whose words are split by single spaces, without punctuation."""
-    # One text is one line for the splitter, whatever ends a line elsewhere.
+    """Return tokenized captions and references: words separated by single spaces, without punctuation."""
+    # The tokenizer expects one text per line.
     texts = [" ".join(text.split()) for number in captions for text in (captions[number], *references[number])]
     words = iter(_java_words(texts) or map(_words, texts))
     found: _Texts = {}
@@ -148,7 +148,7 @@ def _split(captions: Mapping[int, str], references: Mapping[int, Sequence[str]])
 
 
 def _java_words(texts: Sequence[str]) -> list[str] | None:
-    """Return the texts as the published splitter gives them, or None where it does not run."""
+    """Return the texts tokenized by the published tokenizer; None if it does not run."""
     if not _has_java():
         return None
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -158,10 +158,10 @@ def _java_words(texts: Sequence[str]) -> list[str] | None:
         split = PTBTokenizer().tokenize({number: [{"caption": text}] for number, text in enumerate(texts)})
         if len(split) == len(texts):
             return [split[number][0] for number in range(len(texts))]
-    except OSError as error:  # it writes into its own folder, which may not be ours to write
+    except OSError as error:  # it writes to its package folder, which may be read-only
         problem = str(error)
     _notify(
-        f"The word splitter of pycocoevalcap failed ({problem}): words are split at spaces, and scores differ a bit."
+        f"The tokenizer of pycocoevalcap failed ({problem}): words are split at spaces, and scores differ slightly."
     )
     return None
 
@@ -176,5 +176,5 @@ def _words(text: str) -> str:
 
 @cache
 def _notify(line: str) -> None:
-    """Warn once for each line."""
+    """Log a warning, once per line."""
     logging.getLogger("upop").warning(line)

@@ -12,14 +12,14 @@ CUTS = (1, 5, 10)
 def recall_scores(
     texts: Tensor, text_scores: Tensor, images: Tensor, image_scores: Tensor, image_of_text: Tensor
 ) -> dict[str, float]:
-    """Return TR@k, IR@k (the share of queries with a right candidate among the best k, in percent) and their mean.
+    """Return TR@k and IR@k, the percentage of queries with a correct candidate among the best k, and their mean r_mean.
 
     Args:
-        texts: candidates of each image, in any order, [images, k].
+        texts: candidates for each image, in any order, [images, k].
         text_scores: their similarities, [images, k].
-        images: candidates of each text, [texts, l].
+        images: candidates for each text, [texts, l].
         image_scores: their similarities, [texts, l].
-        image_of_text: number of the image that each text belongs to, [texts].
+        image_of_text: index of each text's image, [texts].
     """
     best_texts, best_images = best_first(texts, text_scores), best_first(images, image_scores)
     metrics = {
@@ -30,7 +30,7 @@ def recall_scores(
 
 
 def best_first(numbers: Tensor, scores: Tensor) -> Tensor:
-    """Return candidates by falling similarity, both [queries, k]; equal ones keep their order."""
+    """Return candidates sorted by decreasing score, [queries, k]; ties keep their order."""
     return numbers.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
 
 

@@ -1,4 +1,4 @@
-"""How well label maps fit: counts of pixels in a confusion matrix, and the usual metrics read off it."""
+"""Metrics of segmentation, from a confusion matrix of pixels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from upop.data.segmentation_transforms import IGNORED
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return how many pixels of each class (rows) were taken for each class (columns), int64 [classes, classes].
+    """Return pixel counts by true class (rows) and predicted class (columns), int64 [classes, classes].
 
     Args:
         predicted: classes from 0, of any shape.
-        labels: the true ones, of the same shape; pixels with 255 do not count.
-        classes: how many there are.
+        labels: true classes, of the same shape; 255 is ignored.
+        classes: number of classes.
     """
     found: Tensor = multiclass_confusion_matrix(
         predicted.flatten(), labels.flatten(), num_classes=classes, ignore_index=IGNORED, validate_args=False
@@ -24,7 +24,7 @@ def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def iou_per_class(counts: Tensor) -> Tensor:
-    """Return intersection over union per class, in percent, from a confusion matrix; NaN for classes never met."""
+    """Return intersection over union per class in percent, [classes], from a confusion matrix; NaN for absent ones."""
     hits = counts.diagonal().double()
     return 100 * hits / (counts.sum(0) + counts.sum(1) - hits)
 
@@ -32,7 +32,7 @@ def iou_per_class(counts: Tensor) -> Tensor:
 def segmentation_scores(counts: Tensor) -> dict[str, float]:
     """Return mIoU, pixel accuracy and mean class accuracy in percent, from a confusion matrix.
 
-    Classes that are neither there nor predicted do not count in the first, those that are not there not in the last.
+    mIoU leaves out classes that are neither present nor predicted; class accuracy leaves out those not present.
     """
     hits = counts.diagonal().double()
     return {
@@ -43,7 +43,7 @@ def segmentation_scores(counts: Tensor) -> dict[str, float]:
 
 
 def named_ious(counts: Tensor, names: list[str]) -> dict[str, float | None]:
-    """Return the class's name -> its intersection over union in percent, or None where it was never met."""
+    """Return name of a class -> its intersection over union in percent; None if it never occurs."""
     values = iou_per_class(counts)
     return {
         name: None if torch.isnan(value) else round(float(value), 4) for name, value in zip(names, values, strict=True)

@@ -1,4 +1,4 @@
-"""The official accuracy of visual question answering: how far an answer agrees with those of ten people."""
+"""The official accuracy of visual question answering: agreement with the answers of ten people."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from upop.data.answers import ANSWER_TYPES, normalise_answer
 
 
 def answer_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return how right an answer is, 0 to 1.
+    """Return the accuracy of an answer, 0 to 1.
 
-    The answer is compared with every group of all people but one: it is right as far as three of them gave it too.
+    It is min(matches / 3, 1), averaged over all subsets of people that leave out one.
 
     Args:
-        answer: as found.
-        people: what each person answered, at least two of them.
+        answer: of the model.
+        people: the answer of each person, at least two.
     """
     agreeing = sum(normalise_answer(person) == normalise_answer(answer) for person in people)
     others = len(people) - agreeing
@@ -22,7 +22,7 @@ def answer_accuracy(answer: str, people: Sequence[str]) -> float:
 
 
 def vqa_accuracy(answers: Sequence[str], people: Sequence[Sequence[str]], types: Sequence[str]) -> dict[str, float]:
-    """Return the mean accuracy in percent, of all ("accuracy") and of each type of answer that occurs.
+    """Return the mean accuracy in percent, overall ("accuracy") and for each answer type that occurs.
 
     Args:
         answers: one per question.
@@ -30,13 +30,14 @@ def vqa_accuracy(answers: Sequence[str], people: Sequence[Sequence[str]], types:
         types: of `ANSWER_TYPES`, one per question.
     """
     found = [answer_accuracy(answer, wanted) for answer, wanted in zip(answers, people, strict=True)]
-    scores = {"accuracy": _percent(found)}
+    scores = {"accuracy": mean_percent(found)}
     for kind in ANSWER_TYPES:
         if kind in types:
             name = f"accuracy_{kind.replace('/', '_')}"
-            scores[name] = _percent([value for value, its in zip(found, types, strict=True) if its == kind])
+            scores[name] = mean_percent([value for value, its in zip(found, types, strict=True) if its == kind])
     return scores
 
 
-def _percent(values: Sequence[float]) -> float:
+def mean_percent(values: Sequence[float]) -> float:
+    """Return the mean of values from 0 to 1, in percent."""
     return 100 * sum(values) / len(values)

@@ -1,6 +1,6 @@
 """The models that upop builds itself, by the name under which they are saved.
 
-A model carries the configuration that it was made from, before pruning, as `config`; its class tells models apart.
+Each has the configuration of the dense model as `config`, whose class identifies the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +19,11 @@ _PLACES = {
     "clip-retrieval": ("clip", "ClipRetrieval", "ClipConfig"),
     "segmenter": ("segmenter", "Segmenter", "SegmenterConfig"),
 }
-"""Name -> its module here, what builds it there, and the class of its configuration."""
+"""Name -> module, class or function that builds the model, and class of its configuration."""
 
 
 class _Models(Mapping[str, tuple[Callable[[Any], Any], type[Any]]]):
-    """Name -> (what builds it, the class of its configuration), imported when it is asked for."""
+    """Name -> (builder, class of the configuration); a lookup imports the module."""
 
     def __getitem__(self, name: str) -> tuple[Callable[[Any], Any], type[Any]]:
         module, build, config = _PLACES[name]

@@ -1,6 +1,6 @@
-"""Common parts of all BLIP models: timm's vision transformer and transformers' BLIP text encoder, with one config.
+"""Common parts of all BLIP models: timm's vision transformer and transformers' BLIP text model.
 
-Parameter names are those of the published checkpoints, which both libraries already use.
+Parameter names are those of the published checkpoints, which both libraries use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 }
 
 LABEL_SMOOTHING = 0.1
-"""Of the text decoder's loss."""
+"""Label smoothing of the text decoder's loss."""
 
 
 class BlipConfig(ModelConfig):
@@ -45,7 +45,9 @@ class BlipConfig(ModelConfig):
     max_positions: int = Field(512, gt=0)
     vision_eps: float = Field(1e-6, gt=0, description="of the vision transformer's norms; transformers writes 1e-5")
     dropout: float = Field(0.1, ge=0, lt=1, description="of the text encoder's hidden states and attention")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="of the vision transformer, at its last block")
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth rate of the vision transformer's last block"
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -60,7 +62,7 @@ class BlipConfig(ModelConfig):
 
 
 def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
-    """Return the vision transformer: images [B, 3, S, S] -> token states [B, 1 + (S / patch)^2, vision_width]."""
+    """Return the vision transformer: images, [batch, 3, size, size] -> states, [batch, 1 + patches, vision_width]."""
     return VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -76,7 +78,7 @@ def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
 
 
 def checkpoint_last_blocks(encoder: VisionTransformer, count: int | None = None) -> None:
-    """Trade time for memory in the last `count` blocks (all of them when None)."""
+    """Turn on gradient checkpointing for the last `count` blocks; None for all."""
     for block in list(encoder.blocks)[0 if count is None else max(0, len(encoder.blocks) - count) :]:
         block.__class__ = CheckpointedBlock
 
@@ -85,18 +87,17 @@ def checkpoint_last_blocks(encoder: VisionTransformer, count: int | None = None)
 def enlarge_weights(model: nn.Module, factor: float) -> None:
     """Multiply the initial matrices and embeddings of a model by `factor`.
 
-    The libraries draw them with a standard deviation of 0.02, which suits widths of 768; in small models activations
-    nearly vanish.
-    Position embeddings of patches get ten times that factor: in few training steps, positions are not learned if patch
-    content dominates.
+    The libraries initialise them with a standard deviation of 0.02, which suits a width of 768; in small models,
+    activations nearly vanish. Position embeddings of patches get ten times that factor, because few training steps do
+    not learn positions if the content of patches dominates.
     """
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not name.endswith("patch_embed.proj.weight"):  # drawn to suit any width
+        if parameter.dim() > 1 and not name.endswith("patch_embed.proj.weight"):  # its initialisation suits any width
             parameter.mul_(factor * 10 if factor != 1 and name.endswith("pos_embed") else factor)
 
 
 def text_config(config: BlipConfig) -> BlipTextConfig:
-    """Return transformers' configuration of the text model; cross-attention exists only where `is_decoder` is set."""
+    """Return transformers' configuration of the text model; it only has cross-attention if `is_decoder` is set."""
     return BlipTextConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.text_width,
@@ -117,10 +118,10 @@ def text_config(config: BlipConfig) -> BlipTextConfig:
 
 
 def build_text_decoder(config: BlipConfig) -> TextDecoder:
-    """Return the text decoder: it attends to an image (or question), and predicts each next word.
+    """Return the text decoder, which attends to an image or a question.
 
-    Its output layer is its word embedding, one tensor under two names. Called with `labels` it gives the mean loss over
-    them, with the published label smoothing.
+    Its output layer is tied to its word embedding. With `labels` it returns the mean loss, with the published label
+    smoothing.
     """
     text = text_config(config)
     text.label_smoothing = LABEL_SMOOTHING

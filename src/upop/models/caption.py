@@ -1,6 +1,6 @@
 """BLIP for captioning (COCO): a vision transformer, and a text decoder that attends to the image.
 
-The decoder continues a prompt, word by word. Generation is that of transformers, with its cache of keys and values.
+The decoder continues a prompt; generation is that of transformers, with its key-value cache.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ PAD = 0
 
 
 class CaptionConfig(BlipConfig):
-    """Sizes of BLIP for captioning before pruning; it is trained without drop path."""
+    """Sizes of BLIP for captioning before pruning; it is trained without stochastic depth."""
 
-    drop_path: float = Field(0.0, ge=0, lt=1, description="of the vision transformer, at its last block")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth rate of the vision transformer's last block"
+    )
 
 
 class BlipCaption(nn.Module):
@@ -37,12 +39,12 @@ class BlipCaption(nn.Module):
 
     @property
     def begin(self) -> int:
-        """The id of [DEC], the first token of every text: the last but one of the vocabulary."""
+        """The id of [DEC], the first token of every text and the last word but one of the vocabulary."""
         return self.config.vocab_size - 2
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """Small inputs, with which `upop.find_prunable` traces the model."""
+        """Small inputs, for `upop.find_prunable` to trace the model."""
         return {"images": some_images(self.config), **some_words(self.config)}
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -77,18 +79,18 @@ class BlipCaption(nn.Module):
         top_p: float = 0.9,
         repetition_penalty: float = 1.0,
     ) -> Tensor:
-        """Return captions as token ids [batch, at most max_length]: [DEC], the prompt, new words, `end`, padding (0).
+        """Return captions as token ids, [batch, tokens]: [DEC], prompt, new tokens, `end`, padding (0).
 
         Args:
             images: [batch, 3, size, size].
-            prompt: token ids of the prompt's words.
-            end: token id that ends a caption ([SEP]).
+            prompt: token ids of the prompt.
+            end: id of the end token ([SEP]).
             max_length: maximum tokens, prompt included.
             min_length: minimum tokens, prompt included.
-            num_beams: width of the beam search; 1 is greedy. Not used by `sample`.
-            sample: use nucleus sampling (by torch's generator) instead of beam search.
+            num_beams: width of the beam search; 1 is greedy. Not used with `sample`.
+            sample: use nucleus sampling, with torch's generator, instead of beam search.
             top_p: probability of the nucleus.
-            repetition_penalty: divides the scores of words used before; 1 has no effect.
+            repetition_penalty: penalty for repeated tokens; 1 has no effect.
         """
         states = self.visual_encoder(images)
         start = torch.tensor([[self.begin, *prompt]], device=images.device).repeat(len(images), 1)
@@ -111,11 +113,11 @@ class BlipCaption(nn.Module):
 
 
 def caption_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss of the labelled words, a scalar, at least in float32.
+    """Return the mean loss of the labelled tokens, a scalar, at least in float32.
 
     Args:
         logits: of `BlipCaption`, [batch, tokens, vocab_size].
-        labels: token ids [batch, tokens], -100 for ignored positions; each is predicted from the position before it.
+        labels: token ids, [batch, tokens], -100 for ignored positions; not shifted.
     """
     predictions = precise(logits[:, :-1]).flatten(0, 1)
     return F.cross_entropy(predictions, labels[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING)

@@ -1,6 +1,6 @@
 """Gradient checkpointing: blocks recompute their activations in the backward pass instead of storing them.
 
-Losses and gradients stay the same, with masks too, at the cost of one more forward pass. Saved files do not change.
+Losses and gradients stay the same, also with masks, at the cost of one more forward pass. Saved files do not change.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class CheckpointedBlock(Block):
     """A block of timm's vision transformer with checkpointing in training."""
 
     wraps_forward = True
-    """What is computed again is all that stands below it; see `upop.tokens.layer.set_merging`."""
+    """The checkpoint recomputes the forward passes of all base classes; see `upop.tokens.layer.set_merging`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's output."""
+        """Return the block's output, recomputed in the backward pass."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
         return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
@@ -38,12 +38,12 @@ def checkpoint_blocks(model: nn.Module) -> None:
     """Enable checkpointing for all blocks of a model, of timm and of transformers.
 
     Raises:
-        SettingError: the model has no blocks for which that is known.
+        SettingError: the model does not support it.
     """
     found = False
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            # As transformers' own `gradient_checkpointing_enable`, whose name changes with its version 6.
+            # Like transformers' `gradient_checkpointing_enable`, whose name changes in version 6.
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = _checkpoint  # type: ignore[assignment]
             found = True
@@ -60,6 +60,6 @@ def checkpoint_blocks(model: nn.Module) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm's other architectures
     except (AttributeError, AssertionError, TypeError) as error:
         raise SettingError(
-            f"grad_checkpointing was asked for, and {type(model).__name__} offers no gradient checkpointing. Leave it "
-            "out; smaller batches (batch_size_train, accumulate) and amp save memory too."
+            f"grad_checkpointing is set, and {type(model).__name__} does not support gradient checkpointing. Leave it "
+            "out; smaller batches (batch_size_train, accumulate) and amp save memory, too."
         ) from error

@@ -1,4 +1,4 @@
-"""Classifiers: timm's vision transformers by name, with the sizes that a run or a checkpoint asks for."""
+"""Classifiers: timm's vision transformers by name, in the sizes of a run or a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from upop.models.sizes import ModelConfig, check_patches
 DEIT_SMALL = "deit_small_patch16_224"
 """The published architecture."""
 
-# What timm calls the sizes.
+# Names of the sizes in timm.
 _ARGUMENTS = {
     "patch_size": "patch_size",
     "vision_width": "embed_dim",
@@ -29,7 +29,7 @@ _ARGUMENTS = {
 
 
 class ClassifierConfig(ModelConfig):
-    """An architecture of timm, and in which sizes it differs; None is the architecture's own size."""
+    """An architecture of timm, with other sizes where set; None is the architecture's own size."""
 
     architecture: str = Field(DEIT_SMALL, description="timm's name; `timm.list_models()` has all")
     image_size: int = Field(224, gt=0, description="side of the square input images, in pixels")
@@ -40,19 +40,23 @@ class ClassifierConfig(ModelConfig):
     vision_heads: int | None = Field(None, gt=0)
     vision_mlp: int | None = Field(None, gt=0)
     norm_eps: float | None = Field(None, gt=0, description="of the norms; transformers' ViT has 1e-12, timm's 1e-6")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the embedded patches and of what blocks add to them")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="at the last block")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of patch embeddings and of the outputs of branches")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         if self.vision_width and self.vision_heads and self.vision_width % self.vision_heads:
-            raise ValueError(f"vision_width ({self.vision_width}) is no multiple of vision_heads ({self.vision_heads})")
+            raise ValueError(
+                f"vision_width ({self.vision_width}) is not a multiple of vision_heads ({self.vision_heads})"
+            )
         check_patches(self)
         return self
 
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
-    """Return the model with fresh weights: images [batch, 3, S, S] -> logits [batch, classes]. It carries its `config`.
+    """Return the model with random weights: images, [batch, 3, size, size] -> logits, [batch, classes].
+
+    The configuration is its attribute `config`.
 
     Raises:
         SettingError: timm has no such model (the message names the nearest), or cannot build it in these sizes.
@@ -75,16 +79,16 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
 
 @cache
 def architecture_sizes(name: str) -> dict[str, int]:
-    """Return the sizes of one of timm's vision transformers, by their names in `ClassifierConfig`.
+    """Return the sizes of a vision transformer of timm, by their names in `ClassifierConfig`.
 
     Raises:
-        SettingError: timm has no such model, or it is of another kind, which has no such sizes.
+        SettingError: timm has no such model, or it is not a VisionTransformer.
     """
     model = on_meta(lambda: _create(name, {}))
     if not isinstance(model, VisionTransformer):
         raise SettingError(
-            f"{name} is a {type(model).__name__}, and only the sizes of timm's VisionTransformer can be read off a "
-            f"checkpoint or chosen. Leave out {', '.join((*_ARGUMENTS, 'vision_mlp'))}."
+            f"{name} is a {type(model).__name__}; sizes can be set, or read from a checkpoint, only for timm's "
+            f"VisionTransformer. Leave out {', '.join((*_ARGUMENTS, 'vision_mlp'))}."
         )
     first: Any = model.blocks[0]
     return {
@@ -109,14 +113,14 @@ def replace_head(model: nn.Module, classes: int) -> Sequence[str]:
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         raise SettingError(
-            f"architecture={name!r} is no model of timm {timm.__version__}{nearest(name, timm.list_models())}. "
-            "`timm.list_models()` has all names."
+            f"architecture={name!r} is not a model of timm {timm.__version__}{nearest(name, timm.list_models())}. "
+            "`timm.list_models()` lists all names."
         )
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    except Exception as error:  # each model checks its arguments in its own way
+    except Exception as error:  # models raise errors of any type
         raise SettingError(
-            f"timm cannot build {name} with {arguments}: {error or type(error).__name__}. Give other sizes, or another "
+            f"timm cannot build {name} with {arguments}: {error or type(error).__name__}. Set other sizes, or another "
             f"vision transformer, such as {DEIT_SMALL}."
         ) from error
     return model

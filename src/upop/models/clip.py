@@ -1,6 +1,6 @@
-"""CLIP for retrieval: transformers' two towers, with momentum copies and queues as in the published model.
+"""CLIP for retrieval: transformers' two towers, with momentum encoders and queues as in the published model.
 
-Names of parameters are those of transformers' CLIPModel; `upop.checkpoints.names.clip` knows the published ones.
+Parameter names are those of transformers' CLIPModel; `upop.checkpoints.names.clip` maps the published ones.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class ClipSizes(ModelConfig):
     text_depth: int = Field(12, gt=0)
     text_heads: int = Field(12, gt=0)
     text_mlp: int = Field(3072, gt=0)
-    vocab_size: int = Field(49408, gt=0, description="the last word ends a text, the one before it begins it")
+    vocab_size: int = Field(49408, gt=0, description="the last two words are begin and end tokens")
     max_positions: int = Field(77, gt=0)
-    embed_dim: int = Field(768, gt=0, description="of the features that are compared")
+    embed_dim: int = Field(768, gt=0, description="size of the features")
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -45,10 +45,10 @@ class ClipSizes(ModelConfig):
 
 
 class ClipConfig(ClipSizes):
-    """Sizes of a CLIP model with momentum copies and queues."""
+    """Sizes of a CLIP model with momentum encoders and queues."""
 
-    queue_size: int = Field(57600, gt=0, description="number of features from earlier batches to compare with")
-    momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
+    queue_size: int = Field(57600, gt=0, description="features of earlier batches in the contrastive loss")
+    momentum: float = Field(0.995, ge=0, lt=1, description="momentum of the momentum encoders")
 
 
 def library_config(config: ClipSizes) -> Any:
@@ -73,7 +73,7 @@ def library_config(config: ClipSizes) -> Any:
 
 
 class ClipRetrieval(MomentumContrast):
-    """CLIP with momentum copies of its towers and projections, and queues of features."""
+    """CLIP with momentum encoders of its towers and projections, and queues of features."""
 
     momentum_encoders = {  # noqa: RUF012 - read-only
         name: f"{name}_m" for name in ("vision_model", "text_model", "visual_projection", "text_projection")
@@ -93,7 +93,7 @@ class ClipRetrieval(MomentumContrast):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """Small inputs, with which `upop.find_prunable` traces the model."""
+        """Small inputs, for `upop.find_prunable` to trace the model."""
         words = some_words(self.config)["input_ids"]
         words[:, -1] = self.config.vocab_size - 1
         return {"images": some_images(self.config), "input_ids": words}
@@ -104,24 +104,24 @@ class ClipRetrieval(MomentumContrast):
         self.config = self.config.model_copy(update={"queue_size": size})
 
     def encode_image(self, images: Tensor, *, momentum: bool = False) -> Tensor:
-        """Return features [batch, embed_dim] of images [batch, 3, size, size], not normalised.
+        """Return features of images, [batch, embed_dim], not normalised.
 
         Args:
-            images: the images.
-            momentum: ask the momentum copies.
+            images: [batch, 3, size, size].
+            momentum: whether to use the momentum encoders.
         """
         tower, projection = self._towers("vision_model", "visual_projection", momentum)
         features: Tensor = projection(tower(images).pooler_output)
         return features
 
     def encode_text(self, input_ids: Tensor, *, momentum: bool = False) -> Tensor:
-        """Return features [batch, embed_dim] of texts, not normalised.
+        """Return features of texts, [batch, embed_dim], not normalised.
 
         Args:
-            input_ids: token numbers [B, T]; each row's text ends with the last word of the vocabulary, and what stands
-                behind it makes no difference.
-            momentum: ask the momentum copies. As published, their last norm is the online tower's; the copy of it is
-                only kept in checkpoints.
+            input_ids: token ids, [batch, tokens]; the last word of the vocabulary ends a text, and tokens after it have
+                no effect.
+            momentum: whether to use the momentum encoders. As published, they use the online tower's final norm; its
+                copy is only stored in checkpoints.
         """
         tower, projection = self._towers("text_model", "text_projection", momentum)
         last: nn.LayerNorm = self.text_model.final_layer_norm  # type: ignore[assignment, union-attr]
@@ -135,17 +135,17 @@ class ClipRetrieval(MomentumContrast):
     ) -> tuple[Tensor, Tensor] | Tensor:
         """Return the features of images and texts; with `ids`, return the contrastive loss of a batch of pairs.
 
-        In training mode the loss also moves the momentum copies, and fills the queues with the online features, as
+        In training mode the loss also updates the momentum encoders and adds the online features to the queues, as
         published.
 
         Args:
             images: [batch, 3, size, size].
-            input_ids: token numbers of the texts, [M, T]; M is B where `ids` are given.
-            ids: number of each pair's image, [batch]; equal numbers belong together.
-            alpha: weight of the momentum copies' own similarities in the targets.
+            input_ids: token ids of the texts, [texts, tokens]; one text per image if `ids` are given.
+            ids: image number of each pair, [batch]; pairs with equal numbers are positives.
+            alpha: weight of the momentum encoders' similarities in the targets.
 
         Returns:
-            Normalised features [batch, embed_dim] and [M, embed_dim]; or the loss, a scalar.
+            Normalised features, [batch, embed_dim] and [texts, embed_dim]; or the loss, a scalar.
         """
         image = F.normalize(self.encode_image(images), dim=-1)
         text = F.normalize(self.encode_text(input_ids), dim=-1)
@@ -153,7 +153,7 @@ class ClipRetrieval(MomentumContrast):
             return image, text
         with torch.no_grad():
             if self.training:
-                self.move_momentum(self.config.momentum)
+                self.update_momentum(self.config.momentum)
             image_m = F.normalize(self.encode_image(images, momentum=True), dim=-1)
             text_m = F.normalize(self.encode_text(input_ids, momentum=True), dim=-1)
         loss = self.contrastive_loss(image, text, image_m, text_m, ids, alpha, self.logit_scale.exp())
@@ -162,7 +162,7 @@ class ClipRetrieval(MomentumContrast):
         return loss
 
     def replay_arguments(self) -> dict[str, Any]:
-        """Omit the loss: features depend on neither momentum copies nor queues."""
+        """Omit the loss: features do not depend on momentum encoders and queues."""
         return {"ids": None}
 
     def _towers(self, tower: str, projection: str, momentum: bool) -> tuple[nn.Module, nn.Module]:

@@ -1,8 +1,8 @@
-"""Momentum contrast, shared by the retrieval models: momentum copies, queues, and gathering over processes.
+"""Momentum contrast for the retrieval models: momentum encoders, queues, and gathering over processes.
 
-A model compares a batch's features with those that slowly moving copies of its towers give to the same batch and gave
-to earlier ones, which are kept in queues (MoCo, arXiv 1911.05722; ALBEF's soft targets, arXiv 2107.07651). Features of
-all processes are gathered in the order of their ranks, so that processes which share a batch compute what one computes.
+The loss compares a batch's features with those of momentum encoders, for the same batch and for earlier ones in queues
+(MoCo, arXiv 1911.05722), with ALBEF's soft targets (arXiv 2107.07651). Features of all processes are gathered in the
+order of ranks, so that several processes compute the same as one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from upop.errors import SettingError
 from upop.pruning.traits import ModelTraits
 
 NO_ID = -100
-"""What `idx_queue` holds where no features were put yet."""
+"""Value of `idx_queue` for empty places."""
 
 
 def processes() -> int:
@@ -37,10 +37,10 @@ def rank() -> int:
 
 @torch.no_grad()
 def gather(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, [processes * B, ...] in the order of ranks, without gradients.
+    """Return the rows of all processes, [processes * batch, ...], in the order of ranks, without gradients.
 
     Args:
-        rows: [batch, ...], of the same shape everywhere.
+        rows: [batch, ...], of the same shape on all processes.
     """
     if processes() == 1:
         return rows.detach()
@@ -50,13 +50,13 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_with_gradients(rows: Tensor) -> Tensor:
-    """Return the rows of all processes as `gather` does; gradients go back to the process that the rows came from."""
+    """Return the rows of all processes like `gather`, with gradients for the process that they come from."""
     return torch.cat(all_gather_with_grad(rows)) if processes() > 1 else rows
 
 
 @torch.no_grad()
 def gather_texts(tokens: Tensor) -> Tensor:
-    """Return the token rows of all processes, padded with 0 to the longest: [B, T] -> [processes * B, longest T]."""
+    """Return the token ids of all processes, [processes * batch, tokens], padded with 0 to the longest."""
     if processes() == 1:
         return tokens
     longest = torch.tensor(tokens.shape[1], device=tokens.device)
@@ -70,29 +70,26 @@ def own_rows(count: int) -> slice:
 
 
 def draw_noise(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return uniform noise of (0, 1] for two draws of one of `columns` for each of this process's rows.
+    """Return uniform noise in (0, 1] for this process's rows, [2, rows, columns]: two draws of a column per row.
 
-    Every process draws the numbers of all and takes its own, so that their number makes no difference.
-
-    Returns:
-        [2, rows, columns]
+    Every process draws the noise of all and uses its own, so that draws do not depend on the number of processes.
     """
     noise = 1 - torch.rand(2, processes() * rows, columns)
     return noise[:, own_rows(rows)].to(device)
 
 
 def draw_negatives(logits: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw for each row a column that it does not belong to, the likelier the larger its logit (by softmax).
+    """Draw a hard negative for each row: a column, with probabilities from the softmax of its logits.
 
     Args:
-        logits: similarities, [batch, N].
-        same: where row and column belong together, [batch, N]; these are never drawn.
-        noise: uniform in (0, 1], [batch, N]; see `draw_noise`.
+        logits: similarities, [batch, columns].
+        same: positives, which are never drawn, [batch, columns].
+        noise: uniform in (0, 1], [batch, columns]; see `draw_noise`.
 
     Returns:
-        The columns [batch], and whether there was any to draw, [batch].
+        The columns, [batch], and whether the row has any negative, [batch].
     """
-    # The largest logit with Gumbel noise is a draw from the softmax; weights cannot vanish as in the softmax itself.
+    # The argmax of logits with Gumbel noise is a draw from the softmax, without underflow of its probabilities.
     tiny = torch.finfo(noise.dtype).tiny
     gumbel = -torch.log((-torch.log(noise)).clamp_min(tiny))
     perturbed = (logits + gumbel).masked_fill(same, -torch.inf)
@@ -100,9 +97,9 @@ def draw_negatives(logits: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor,
 
 
 class MomentumContrast(nn.Module, ModelTraits):
-    """Base of models with momentum copies and queues.
+    """Base of models with momentum encoders and queues.
 
-    A subclass sets `momentum_encoders` (see `ModelTraits`), builds its towers and their copies, and then calls
+    A subclass sets `momentum_encoders` (see `ModelTraits`), builds its towers and momentum encoders, and then calls
     `add_queues` and `copy_to_momentum`.
     """
 
@@ -112,7 +109,7 @@ class MomentumContrast(nn.Module, ModelTraits):
     ptr_queue: Tensor
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Yield pairs of parameters and their momentum copies."""
+        """Yield pairs of a parameter and its momentum copy."""
         for name, copy_name in self.momentum_encoders.items():
             online, copy = attrgetter(name)(self), attrgetter(copy_name)(self)
             if isinstance(online, nn.Parameter):
@@ -124,21 +121,21 @@ class MomentumContrast(nn.Module, ModelTraits):
 
     @torch.no_grad()
     def copy_to_momentum(self) -> None:
-        """Set the momentum copies equal to their originals, and exclude them from training."""
+        """Copy the weights to the momentum encoders, and exclude these from training."""
         for parameter, copy in self.momentum_pairs():
             copy.copy_(parameter)
             copy.requires_grad_(False)
 
     @torch.no_grad()
-    def move_momentum(self, share: float) -> None:
-        """Update the momentum copies: copy = share * copy + (1 - share) * parameter."""
+    def update_momentum(self, momentum: float) -> None:
+        """Update the momentum encoders: copy = momentum * copy + (1 - momentum) * parameter."""
         for parameter, copy in self.momentum_pairs():
-            copy.mul_(share).add_(parameter, alpha=1 - share)
+            copy.mul_(momentum).add_(parameter, alpha=1 - momentum)
 
     def add_queues(self, width: int, size: int) -> None:
-        """Register `image_queue` and `text_queue` [width, size], `idx_queue` [1, size] and `ptr_queue` [1].
+        """Register `image_queue` and `text_queue`, [width, size], `idx_queue`, [1, size], and `ptr_queue`, [1].
 
-        They start with random unit vectors that belong to no image.
+        They start with random unit vectors that are no positives of any image.
         """
         for name, value in fresh_queues(width, size).items():
             self.register_buffer(name, value)
@@ -149,8 +146,8 @@ class MomentumContrast(nn.Module, ModelTraits):
         for name, value in fresh_queues(queue.shape[0], size).items():
             setattr(self, name, value.to(queue.device, queue.dtype if value.is_floating_point() else None))
 
-    def everyone(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes in training; evaluation does not communicate."""
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes in training, and the own ones in evaluation."""
         return gather(rows) if self.training else rows.detach()
 
     def contrastive_loss(
@@ -163,27 +160,27 @@ class MomentumContrast(nn.Module, ModelTraits):
         alpha: float,
         scale: Tensor,
     ) -> Tensor:
-        """Return the mean over both directions of the cross-entropy to soft targets, over all processes' features.
+        """Return the cross-entropy to soft targets, averaged over both directions, a scalar.
 
-        The published code compares with its own process's batch and the queue; here the batches of the others join,
-        so that the number of processes makes no difference. With one process both are the same.
+        Keys are the features of all processes and the queue, so that the loss does not depend on the number of
+        processes. The published code uses those of its own process; with one process both are the same.
 
         Args:
-            image: normalised features of the images, [batch, dim]; `text` those of the texts.
-            text: [batch, dim].
-            image_m: what the momentum copies give, [batch, dim]; `text_m` too.
-            text_m: [batch, dim].
-            ids: number of the image of each pair, [batch]; equal numbers belong together.
-            alpha: weight of the momentum copies' own similarities in the targets.
-            scale: what similarities are multiplied with (1 / temperature), a scalar.
+            image: normalised features of images, [batch, dim].
+            text: normalised features of texts, [batch, dim].
+            image_m: those of the momentum encoder, [batch, dim].
+            text_m: those of the momentum encoder, [batch, dim].
+            ids: image number of each pair, [batch]; pairs with equal numbers are positives.
+            alpha: weight of the momentum encoders' similarities in the targets.
+            scale: of the similarities (1 / temperature), a scalar.
         """
         with _full_precision(image.device):
             dtype = self.image_queue.dtype
             image, text, image_m, text_m = (part.to(dtype) for part in (image, text, image_m, text_m))
-            images = torch.cat([self.everyone(image_m).t(), self.image_queue], dim=1)
-            texts = torch.cat([self.everyone(text_m).t(), self.text_queue], dim=1)
-            same = ids.unsqueeze(1) == torch.cat([self.everyone(ids), self.idx_queue[0]]).unsqueeze(0)
-            # In float32 whatever the model's precision, as published.
+            images = torch.cat([self.gathered(image_m).t(), self.image_queue], dim=1)
+            texts = torch.cat([self.gathered(text_m).t(), self.text_queue], dim=1)
+            same = ids.unsqueeze(1) == torch.cat([self.gathered(ids), self.idx_queue[0]]).unsqueeze(0)
+            # In float32 for any precision of the model, as published.
             hard = same.float() / same.float().sum(1, keepdim=True)
             losses = []
             for query, query_m, keys in ((image, image_m, texts), (text, text_m, images)):
@@ -195,31 +192,31 @@ class MomentumContrast(nn.Module, ModelTraits):
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
-        """Put the features [batch, dim] and numbers [batch] of all processes in the place of the oldest ones.
+        """Replace the oldest entries of the queues by features, [batch, dim], and ids, [batch], of all processes.
 
-        Any batch up to the size of the queue fits: writing wraps around at the end.
+        Any batch up to the size of the queue fits; writing wraps around at the end.
 
         Raises:
             SettingError: the batch of all processes is larger than the queue.
         """
-        ids = self.everyone(ids)
+        ids = self.gathered(ids)
         size = self.idx_queue.shape[1]
         check_queue(size, len(ids))
         places = (self.ptr_queue + torch.arange(len(ids), device=ids.device)) % size
-        self.image_queue[:, places] = self.everyone(image).t().to(self.image_queue.dtype)
-        self.text_queue[:, places] = self.everyone(text).t().to(self.text_queue.dtype)
+        self.image_queue[:, places] = self.gathered(image).t().to(self.image_queue.dtype)
+        self.text_queue[:, places] = self.gathered(text).t().to(self.text_queue.dtype)
         self.idx_queue[0, places] = ids
         self.ptr_queue.copy_((self.ptr_queue + len(ids)) % size)
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    # The meta device, on which full-size models are counted, knows no autocast.
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    # The meta device, used to count multiply-adds of large models, has no autocast.
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def check_queue(size: int, batch: int) -> None:
-    """Raise a `SettingError` if a queue of `size` cannot take a `batch` (of all processes together)."""
+    """Raise a `SettingError` if a queue of `size` is smaller than a `batch` of all processes together."""
     if batch > size:
         raise SettingError(
             f"queue_size is {size}, and a batch of all processes together has {batch} samples. "

@@ -1,6 +1,6 @@
-"""CoOp: CLIP as a classifier, whose prompts are learned vectors around the names of the classes (arXiv 2109.01134).
+"""CoOp: CLIP as a classifier, with learned context vectors around the class names (arXiv 2109.01134).
 
-With CrossGET its image tower merges tokens; prompts and cross tokens are all that is trained.
+With CrossGET its image tower merges tokens. Only context and cross tokens are trained.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from upop.models.crossget import CrossGetClip, CrossGetConfig
 from upop.tokens.losses import cross_loss, layer_by_layer
 
 _CROSS_WEIGHT = 10
-"""Of the cross loss beside the cross entropy, as published."""
+"""Weight of the cross loss, as published."""
 
 
 class CoOpLosses(NamedTuple):
-    """The losses of a batch, scalars: of the classes, and of the cross tokens with their weight."""
+    """The losses of a batch, scalars: the cross-entropy, and the weighted cross loss."""
 
     classes: Tensor
     cross: Tensor
 
     def total(self) -> Tensor:
-        """What is minimised: the mean of both."""
+        """Return the training loss, the mean of both."""
         return (self.classes + self.cross) / 2
 
 
@@ -35,11 +35,11 @@ class CoOp(nn.Module):
     """CLIP with learned prompts.
 
     Attributes:
-        clip: the towers; their text tower has no words of its own.
-        context: the learned vectors, [n, C], or of each class, [classes, n, C].
-        prefix: the first token's embedding for every class, [classes, 1, C].
-        suffix: the names' embeddings and what follows them, [classes, T - 1 - n, C].
-        ends: where each prompt ends, [classes].
+        clip: the towers; the text tower has no word embedding.
+        context: learned vectors, [context, hidden], or one set per class, [classes, context, hidden].
+        prefix: embedding of the first token, [classes, 1, hidden].
+        suffix: embeddings of class names and the tokens after them, [classes, tokens - 1 - context, hidden].
+        ends: position of each prompt's end token, [classes].
     """
 
     prefix: Tensor
@@ -63,19 +63,19 @@ class CoOp(nn.Module):
             suffix: see the class.
             ends: see the class.
             context: see the class.
-            names: words of each class's name, where the context stands half before and half behind it; if not given,
-                all of it stands before.
+            names: number of tokens of each class name, if half of the context goes after it; None puts all of the
+                context in front.
 
         Raises:
-            SettingError: text tokens are to be removed.
+            SettingError: `rl` is not 0.
         """
         super().__init__()
         if config.rl:
             raise SettingError(
-                f"rl={config.rl} would remove text tokens, and CoOp's prompts have no more than they need. Use rl=0."
+                f"rl={config.rl} would remove text tokens, and CoOp's prompts have none to spare. Use rl=0."
             )
         self.clip = CrossGetClip(config)
-        # Prompts are made of vectors: there is no table of words in a file of CoOp's.
+        # Prompts are vectors, and CoOp's checkpoints have no word embedding.
         self.clip.text_model.embeddings.token_embedding = nn.Identity()  # type: ignore[union-attr]
         self.context = nn.Parameter(context.clone())
         for name, value in (("prefix", prefix), ("suffix", suffix), ("ends", ends)):
@@ -84,11 +84,11 @@ class CoOp(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name: the context and the cross tokens."""
+        """The trained parameters by name: context and cross tokens."""
         return {name: each for name, each in self.named_parameters() if name == "context" or "cross_" in name}
 
     def prompts(self) -> Tensor:
-        """Return the prompts of all classes, [classes, T, C]."""
+        """Return the prompts of all classes, [classes, tokens, hidden]."""
         context: Tensor = self.context
         if context.dim() == 2:
             context = context.expand(len(self.prefix), *context.shape)
@@ -102,7 +102,12 @@ class CoOp(nn.Module):
         return torch.stack(rows)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | CoOpLosses:
-        """Return the logits of the classes, [B, classes], of images [B, 3, S, S]; with `labels` [batch], the losses."""
+        """Return logits, [batch, classes]; with `labels`, [batch], the losses.
+
+        Args:
+            images: [batch, 3, size, size].
+            labels: class indices, [batch].
+        """
         image, text = self.clip.encode_image(images), self.clip.encode_words(self.prompts(), self.ends)
         scale = self.clip.logit_scale.exp()
         logits = scale * F.normalize(image.features, dim=-1) @ F.normalize(text.features, dim=-1).t()
@@ -116,11 +121,11 @@ class CoOp(nn.Module):
 
 
 def ends_of(suffix: Tensor, before: int) -> Tensor:
-    """Return where prompts end, [classes]: behind the last word stands one vector, that of padding, again and again.
+    """Return the position of each prompt's end token, [classes]: the last one before repeated padding vectors.
 
     Args:
-        suffix: embeddings of the names and what follows, [classes, L, C].
-        before: vectors that stand before them in a prompt.
+        suffix: embeddings of class names and the tokens after them, [classes, tokens, hidden].
+        before: number of vectors before them in a prompt.
     """
     padding = (suffix == suffix[:, -1:]).all(2)
     inside = torch.arange(suffix.shape[1], device=suffix.device) * ~padding

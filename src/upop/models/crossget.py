@@ -1,6 +1,6 @@
-"""CLIP with CrossGET: both towers merge tokens layer by layer, led by cross tokens (arXiv 2305.17455).
+"""CLIP with CrossGET: both towers merge tokens layer by layer, guided by cross tokens (arXiv 2305.17455).
 
-Names of parameters are those of transformers' CLIPModel; the cross tokens are `vision_model.encoder.cross_image` and
+Parameter names are those of transformers' CLIPModel; the cross tokens are `vision_model.encoder.cross_image` and
 `text_model.encoder.cross_text`.
 """
 
@@ -22,7 +22,7 @@ from upop.tokens.losses import cross_loss, layer_by_layer, matching_loss
 from upop.tokens.matching import removable
 
 _LARGEST_SCALE = 4.6052
-"""Of the logarithm of what similarities are multiplied with."""
+"""Maximum of the logarithm of the similarities' scale."""
 
 
 class CrossGetConfig(ClipSizes):
@@ -37,22 +37,22 @@ class CrossGetConfig(ClipSizes):
     text_width: int = Field(512, gt=0)
     text_heads: int = Field(8, gt=0)
     text_mlp: int = Field(2048, gt=0)
-    embed_dim: int = Field(512, gt=0, description="of the features that are compared")
-    cross: bool = Field(True, description="whether there are cross tokens; without them no token is removed")
+    embed_dim: int = Field(512, gt=0, description="size of the features")
+    cross: bool = Field(True, description="whether to use cross tokens; without them no tokens are removed")
     rv: int = Field(16, ge=0, description="image tokens removed per layer")
     rl: int = Field(0, ge=0, description="text tokens removed per layer")
     merge_padding: bool = Field(
-        False, description="merge padding like words, as published, though what follows a text then changes its feature"
+        False, description="merge padding like words, as published; a text's features then depend on its padding"
     )
 
 
 class Encoded(NamedTuple):
-    """What a tower makes of a batch.
+    """The output of a tower for a batch.
 
     Attributes:
         features: not normalised, [batch, embed_dim].
-        crosses: cross tokens of every layer in the space of features, [batch, embed_dim] each.
-        flow: what became of the tokens.
+        crosses: projected cross tokens of every layer, [batch, embed_dim] each.
+        flow: the record of merged tokens.
     """
 
     features: Tensor
@@ -61,7 +61,7 @@ class Encoded(NamedTuple):
 
 
 class CrossLosses(NamedTuple):
-    """The losses of a batch of pairs, scalars: of the features, and of the cross tokens."""
+    """The losses of a batch of pairs, scalars: the contrastive loss, and the cross loss."""
 
     contrastive: Tensor
     cross: Tensor
@@ -89,20 +89,20 @@ class CrossGetClip(nn.Module):
         self.set_removed(config.rv, config.rl)
 
     def set_removed(self, rv: int, rl: int) -> None:
-        """Set how many image and text tokens every layer removes; weights stay as they are."""
+        """Set the number of image and text tokens that every layer removes; weights do not change."""
         config = self.config = self.config.model_copy(update={"rv": rv, "rl": rl})
         _merge(self.vision_model, Merger((rv,) * config.vision_depth))
         _merge(self.text_model, Merger((rl,) * config.text_depth, causal=True, merge_padding=config.merge_padding))
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call."""
+        """Small inputs, for `upop.find_prunable` to trace the model."""
         words = some_words(self.config)["input_ids"]
         words[:, -1] = self.config.vocab_size - 1
         return {"images": some_images(self.config), "input_ids": words}
 
     def encode_image(self, images: Tensor) -> Encoded:
-        """Return what becomes of images [batch, 3, size, size]."""
+        """Encode images, [batch, 3, size, size]."""
         tower: Any = self.vision_model
         states = tower.pre_layrnorm(tower.embeddings(images))
         states, flow = _through(tower, states, "cross_image")
@@ -110,14 +110,19 @@ class CrossGetClip(nn.Module):
         return Encoded(features, _projected(flow, tower.pre_layrnorm, self.visual_projection), flow)
 
     def encode_text(self, input_ids: Tensor) -> Encoded:
-        """Return what becomes of texts, token numbers [batch, T]; each ends with the last word of the vocabulary."""
+        """Encode texts, token ids [batch, tokens]; each ends with the last word of the vocabulary."""
         embeddings: Any = self.text_model.embeddings
-        if self.config.rl:  # how many tokens go depends on how many there are, which is no matter of a batch
+        if self.config.rl:  # the number of removed tokens depends on the length, which must not depend on the batch
             input_ids = F.pad(input_ids, (0, max(0, self.config.max_positions - input_ids.shape[1])))
         return self.encode_words(embeddings.token_embedding(input_ids), input_ids.argmax(1))
 
     def encode_words(self, words: Tensor, ends: Tensor) -> Encoded:
-        """Return what becomes of texts, given as vectors without positions [B, T, C] and where each ends [batch]."""
+        """Encode texts given as embeddings without positions, [batch, tokens, hidden].
+
+        Args:
+            words: the embeddings.
+            ends: position of each text's end token, [batch].
+        """
         tower: Any = self.text_model
         states = words + tower.embeddings.position_embedding.weight[: words.shape[1]]
         states, flow = _through(tower, states, "cross_text", ends)
@@ -133,8 +138,8 @@ class CrossGetClip(nn.Module):
 
         Args:
             images: [batch, 3, size, size].
-            input_ids: token numbers of the texts, [M, T]; M is B where `ids` are given.
-            ids: number of each pair's image, [batch]; equal numbers belong together.
+            input_ids: token ids of the texts, [texts, tokens]; one text per image if `ids` are given.
+            ids: image number of each pair, [batch]; pairs with equal numbers are positives.
         """
         image, text = self.encode_image(images), self.encode_text(input_ids)
         features = F.normalize(image.features, dim=-1), F.normalize(text.features, dim=-1)
@@ -149,13 +154,13 @@ class CrossGetClip(nn.Module):
 
 
 def _merge(tower: Any, merger: Merger) -> None:
-    """Have the layers of one of transformers' towers merge."""
+    """Turn on token merging in the layers of a tower of transformers."""
     for number, layer in enumerate(tower.encoder.layers):
         set_merging(layer, Place(merger, Site(), number))
 
 
 def _through(tower: Any, states: Tensor, cross: str, ends: Tensor | None = None) -> tuple[Tensor, Flow]:
-    """Run the layers of a tower; `cross` names its cross tokens, and a text has `ends`."""
+    """Run the layers of a tower; `cross` is the name of its cross tokens, `ends` the positions of texts' end tokens."""
     layers = tower.encoder.layers
     place = place_of(layers[0])
     assert place is not None
@@ -169,7 +174,7 @@ def _through(tower: Any, states: Tensor, cross: str, ends: Tensor | None = None)
 
 
 def _projected(flow: Flow, norm: nn.LayerNorm, projection: nn.Linear) -> list[Tensor]:
-    """Bring cross tokens into the space of features; only they learn from what becomes of it."""
+    """Project cross tokens to features, with gradients for the cross tokens only."""
     width, weight, bias = norm.normalized_shape, norm.weight.detach(), norm.bias.detach()
     return [
         F.linear(F.layer_norm(each, width, weight, bias, norm.eps), projection.weight.detach()) for each in flow.crosses
@@ -177,7 +182,7 @@ def _projected(flow: Flow, norm: nn.LayerNorm, projection: nn.Linear) -> list[Te
 
 
 def published_macs(config: CrossGetConfig) -> int:
-    """Return the multiply-adds of one pair as the published logs count them: norms and the matching among them."""
+    """Return the multiply-adds of one pair, counted as in the published logs, with norms and matching."""
     sizes, embed = config, config.embed_dim
     patches = (sizes.image_size // sizes.patch_size) ** 2
     extra = 1 if sizes.cross else 0
@@ -194,12 +199,14 @@ def published_macs(config: CrossGetConfig) -> int:
     return image + text + embed
 
 
-def _published_layers(tokens: int, width: int, mlp: int, depth: int, asked: int, *, protected: int) -> tuple[int, int]:
-    """Return the multiply-adds of a tower's layers, and how many tokens are left."""
+def _published_layers(
+    tokens: int, width: int, mlp: int, depth: int, removed: int, *, protected: int
+) -> tuple[int, int]:
+    """Return the multiply-adds of a tower's layers, and the number of tokens left."""
     total = 0
     for _ in range(depth):
-        left = tokens - removable(tokens, protected, asked)
-        matching = tokens**2 * width + tokens * width if asked else 0
+        left = tokens - removable(tokens, protected, removed)
+        matching = tokens**2 * width + tokens * width if removed else 0
         attention = 4 * tokens * width**2 + 2 * tokens**2 * width
         total += 5 * (tokens + left) * width + attention + matching + 2 * left * width * mlp
         tokens = left

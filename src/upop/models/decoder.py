@@ -1,8 +1,8 @@
-"""The text decoder: transformers' BLIP decoder, searching with beams as the published models do.
+"""The text decoder: transformers' BLIP decoder, with the beam search of the published models.
 
-The published code runs with an old transformers, which scores a finished text by its log-probability per token of the
-whole text, prompt included; the present one leaves the prompt out of the count, and so prefers shorter texts. It also
-takes leave of beams at other moments. `TextDecoder` gives the present search the old rules; all else is the library's.
+The published code uses an old version of transformers, which divides a text's log-probability by its length including
+the prompt. Current versions leave the prompt out, which favours shorter texts, and stop beams by another rule.
+`TextDecoder` applies the old rules to the current search.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _Beams = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TextDecoder(BlipTextLMHeadModel):
-    """The text decoder; `generate` gives token ids [batch, at most max_length], padded with the padding token."""
+    """The text decoder; `generate` returns token ids, [batch, tokens], padded with the padding token."""
 
     _ends: Tensor
     _open: Tensor
 
-    # The library calls the three methods below with named arguments.
+    # The library calls these three methods with keyword arguments.
 
     def _beam_search(self, input_ids: Any, *_args: Any, **settings: Any) -> Any:
         generation_config = settings["generation_config"]
@@ -30,14 +30,14 @@ class TextDecoder(BlipTextLMHeadModel):
         library: Any = super()
         found = library._beam_search(input_ids, **settings)
         if isinstance(found, Tensor):
-            # The library fills up with the end token where the number of the padding token is 0.
+            # The library pads with the end token if the id of the padding token is 0.
             start = input_ids.shape[1]
             ended = torch.isin(found[:, start:], self._ends).long()
             found[:, start:].masked_fill_(ended.cumsum(1) > ended, generation_config.pad_token_id)
         return found
 
     def _update_finished_beams(self, *_args: Any, **step: Any) -> _Beams:
-        """Take in the texts that end at this step; the same arguments and results as in transformers."""
+        """Add the texts that end at this step; arguments and results are those of transformers."""
         length, sums = step["cur_len"], step["topk_log_probs"]  # tokens before this one, prompt included
         ended = torch.isin(step["topk_running_sequences"][:, :, length], self._ends)
         found: _Beams = super()._update_finished_beams(
@@ -50,7 +50,7 @@ class TextDecoder(BlipTextLMHeadModel):
         self._open = step["is_early_stop_heuristic_unsatisfied"] & ~(full & (worst >= best_to_come))
         if length + 1 < step["sequences"].shape[-1]:
             return found
-        # No room is left: the texts that have no end yet count as they stand.
+        # At the maximum length, unfinished texts count as they are.
         left = ~ended & ((~ended).cumsum(1) <= step["num_beams"])
         names = ("sequences", "beam_scores", "beam_indices", "is_sent_finished")
         last = {
@@ -65,5 +65,5 @@ class TextDecoder(BlipTextLMHeadModel):
         return texts
 
     def _check_early_stop_heuristic(self, **_step: Any) -> Tensor:  # type: ignore[override]  # static in the library
-        """Which texts of the batch may still get better, [batch, 1]."""
+        """Return which texts of the batch may still improve, [batch, 1]."""
         return self._open

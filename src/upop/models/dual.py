@@ -1,8 +1,8 @@
-"""Dual encoders of transformers and open_clip: embeddings of images and texts, and the losses that compare them.
+"""Dual encoders of transformers and open_clip: embeddings of images and texts, and contrastive losses.
 
-Softmax: every image is to find its text among the batch's, and every text its image (CLIP, arXiv 2103.00020).
-Sigmoid: every pair of the batch is told right or wrong by itself (SigLIP, arXiv 2303.15343). A model that has a bias
-beside its scale was trained with the second one.
+The softmax loss classifies the text of each image among the batch's, and vice versa (CLIP, arXiv 2103.00020). The
+sigmoid loss classifies each pair of the batch separately (SigLIP, arXiv 2303.15343); models with a logit bias are
+trained with it.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ _METHODS = {"image": ("get_image_features", "encode_image"), "text": ("get_text_
 
 
 def check_dual(model: nn.Module, source: str) -> None:
-    """Refuse a model that does not embed images and texts apart.
+    """Check that a model encodes images and texts separately, and has a scale of similarities.
 
     Raises:
-        CheckpointError: it is no dual encoder.
+        CheckpointError: it is not a dual encoder.
     """
     lacking = [part for part, names in _METHODS.items() if not any(hasattr(model, name) for name in names)]
     if lacking or _scale_of(model) is None:
         raise CheckpointError(
-            f"{source} holds a {type(model).__name__}, which is no dual encoder: it has "
+            f"{source} holds a {type(model).__name__}, which is not a dual encoder: it has "
             f"{f'no features of {lacking[0]}s' if lacking else 'no scale of similarities'}. Give a CLIP, SigLIP, "
             "SigLIP 2, VisionTextDualEncoder or open_clip model."
         )
 
 
 def embeddings(output: Any) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of images and texts in a dual encoder's output, [batch, dim] each, of length one.
+    """Return the normalised embeddings of images and texts in a dual encoder's output, [batch, dim] each.
 
     Args:
-        output: of transformers or of open_clip: an object, a mapping, or a tuple that begins with the two.
+        output: of transformers or open_clip: an object, a mapping, or a tuple that starts with the two.
 
     Raises:
-        StepError: it holds none.
+        StepError: it has no embeddings.
     """
     found = [
         next((value for name in names if isinstance(value := _part(output, name), Tensor)), None)
@@ -59,17 +59,17 @@ def embeddings(output: Any) -> tuple[Tensor, Tensor]:
         found = [value if isinstance(value, Tensor) else None for value in output[:2]]
     image, text = found
     if image is None or text is None:
-        raise StepError(f"A dual encoder gives embeddings of images and texts; this one gave {type(output).__name__}.")
+        raise StepError(f"A dual encoder must return embeddings of images and texts; found {type(output).__name__}.")
     return _normal(image), _normal(text)
 
 
 def encoded(model: nn.Module, part: Literal["image", "text"], inputs: Mapping[str, Any]) -> Tensor:
-    """Return the embeddings of images or of texts alone, [batch, dim], of length one.
+    """Return the normalised embeddings of images or texts, [batch, dim].
 
     Args:
         model: a dual encoder.
-        part: which of the two.
-        inputs: of the model; those that the part does not take are left out.
+        part: "image" or "text".
+        inputs: of the model; those of the other part are ignored.
     """
     method = next(getattr(model, name) for name in _METHODS[part] if hasattr(model, name))
     found = method(**taken(method, inputs))
@@ -77,21 +77,21 @@ def encoded(model: nn.Module, part: Literal["image", "text"], inputs: Mapping[st
 
 
 def taken(method: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of some inputs that a method names among its arguments."""
+    """Return the inputs that a method has parameters for."""
     named = inspect.signature(method).parameters
     return {name: value for name, value in inputs.items() if name in named}
 
 
 def contrast(model: nn.Module, output: Any, kind: LossName = "auto") -> Tensor:
-    """Return the contrastive loss of a batch, a scalar; the batches of all processes are compared with each other.
+    """Return the contrastive loss over the batches of all processes, a scalar.
 
     Args:
-        model: a dual encoder, wrapped or not; it has the scale, and the bias if there is one.
-        output: what it gave for a batch of images and their texts, in order.
-        kind: "softmax", "sigmoid", or "auto": sigmoid where the model has a bias.
+        model: a dual encoder, wrapped or not; it has the scale and, for sigmoid, the bias.
+        output: of the model, for a batch of image-text pairs.
+        kind: "softmax", "sigmoid", or "auto": sigmoid if the model has a logit bias.
 
     Raises:
-        SettingError: a sigmoid loss is asked for, and the model has no bias.
+        SettingError: `kind` is "sigmoid", and the model has no bias.
     """
     own = unwrapped(model)
     image, text = (gather_with_gradients(rows) for rows in embeddings(output))
@@ -99,10 +99,10 @@ def contrast(model: nn.Module, output: Any, kind: LossName = "auto") -> Tensor:
     assert scale is not None
     if kind == "sigmoid" and bias is None:
         raise SettingError(
-            f"loss: sigmoid was asked for, and {type(own).__name__} has no logit_bias, without which nearly all pairs "
-            "of a batch are called right. Take loss: softmax."
+            f"loss: sigmoid needs a logit_bias, and {type(own).__name__} has none; without it, the loss takes nearly "
+            "all pairs of a batch for positives. Use loss: softmax."
         )
-    with torch.autocast(image.device.type, enabled=False):  # scales are near 100: bfloat16 would round most of it away
+    with torch.autocast(image.device.type, enabled=False):  # scales are near 100, too coarse for bfloat16
         logits = scale * image @ text.t()  # [images, texts]
     if kind == "sigmoid" or (kind == "auto" and bias is not None):
         return sigmoid_loss(logits + (bias if bias is not None else 0.0))
@@ -110,19 +110,23 @@ def contrast(model: nn.Module, output: Any, kind: LossName = "auto") -> Tensor:
 
 
 def softmax_loss(logits: Tensor) -> Tensor:
-    """Return the mean of the cross-entropies of both directions, of logits [batch, batch] whose diagonal is right."""
+    """Return the cross-entropy averaged over both directions, for logits with positives on the diagonal.
+
+    Args:
+        logits: [batch, batch].
+    """
     right = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
 
 
 def sigmoid_loss(logits: Tensor) -> Tensor:
-    """Return SigLIP's loss of logits [batch, batch] whose diagonal is right: a sum over pairs, a mean over images."""
+    """Return SigLIP's loss, summed over pairs and averaged over images, for logits with positives on the diagonal."""
     signs = 2 * torch.eye(len(logits), device=logits.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)
 
 
 def _scale_of(model: nn.Module) -> Tensor | None:
-    """Return what cosines are multiplied by."""
+    """Return the scale of the cosine similarities, a scalar; None if the model has none."""
     logarithm = getattr(model, "logit_scale", None)
     if isinstance(logarithm, Tensor):
         return logarithm.float().exp()

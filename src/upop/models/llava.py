@@ -1,7 +1,7 @@
-"""LLaVA-1.5 with CrossGET: a vision tower that merges tokens, and cross tokens in it and in the language model.
+"""LLaVA-1.5 with CrossGET: the vision tower merges tokens, guided by cross tokens; the language model has them, too.
 
-The model is transformers' LlavaForConditionalGeneration; the published `cross_tokens.bin` holds what is added to it. Of
-576 visual tokens 278 reach the language model, in which none is removed.
+The model is transformers' LlavaForConditionalGeneration; the published `cross_tokens.bin` holds the added tensors. 278
+of 576 image tokens reach the language model, which removes none.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from upop.tokens.losses import cross_loss, layer_by_layer, through
 from upop.tokens.matching import removable
 
 PUBLISHED = 13
-"""Tokens that every layer of the published models removes."""
+"""Tokens removed per layer in the published models."""
 CROSS_WEIGHT = 0.001
-"""Of the cross loss beside the language model's; 0.1 was published for 13B."""
+"""Weight of the cross loss; 0.1 was published for 13B."""
 
 _NAMES = {
     "model.cross_text": "cross_text",
     "model.vision_tower.vision_tower.vision_model.encoder.cross_image": "cross_image",
 }
-_TEXT = object()  # owns the passes through language models
+_TEXT = object()  # marks passes through language models
 _PUBLISHED_PARTS = (
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
     ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
@@ -41,30 +41,29 @@ _PUBLISHED_PARTS = (
 
 
 class LlavaLosses(NamedTuple):
-    """The losses of a batch, scalars: of the language model, and of the cross tokens without their weight."""
+    """The losses of a batch, scalars: the language model's loss, and the cross loss without its weight."""
 
     language: Tensor
     cross: Tensor
 
     def total(self, weight: float = CROSS_WEIGHT) -> Tensor:
-        """What is minimised."""
+        """Return the training loss."""
         return self.language + weight * self.cross
 
 
 def add_cross_tokens(model: Any, tensors: Mapping[str, Tensor], removed: int = PUBLISHED) -> int:
-    """Have a LLaVA merge tokens in its vision tower, led by cross tokens; it is changed in place.
+    """Add cross tokens to a LLaVA and turn on token merging in its vision tower, in place.
 
     Args:
         model: transformers' LlavaForConditionalGeneration, with CLIP's vision tower.
-        tensors: what `cross_tokens.bin` holds, as `upop.checkpoints.read_weights` reads it.
-        removed: tokens that every layer of the tower removes.
+        tensors: of `cross_tokens.bin`, from `upop.checkpoints.read_weights`.
+        removed: tokens removed per layer of the tower.
 
     Returns:
-        How many visual tokens there are now: a prompt has so many image tokens, and `image_seq_length` of the
-        configuration says so.
+        The number of image tokens that are left, which prompts must have; it is the configuration's `image_seq_length`.
 
     Raises:
-        CheckpointError: the tensors are not LLaVA's cross tokens, or those of a model of other sizes.
+        CheckpointError: the tensors are not LLaVA's cross tokens, or belong to a model of other sizes.
     """
     encoder, language = model.model.vision_tower.encoder, model.model.language_model
     given = _checked(tensors, {"cross_image": encoder, "cross_text": language})
@@ -81,14 +80,14 @@ def add_cross_tokens(model: Any, tensors: Mapping[str, Tensor], removed: int = P
         layer.register_forward_pre_hook(_enter)
         layer.register_forward_hook(_leave)
     tokens: int = model.model.vision_tower.embeddings.num_positions + 1
-    for _ in range(depth - 1):  # the features are those that the last layer starts with
+    for _ in range(depth - 1):  # features are the inputs of the last layer
         tokens -= removable(tokens, 2, removed)
     model.config.image_seq_length = tokens - 1
     return tokens - 1
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of LLaVA's own folders by the names that transformers gives them, cross tokens left out."""
+    """Return the tensors of LLaVA's own checkpoints under transformers' names, without cross tokens."""
     result = {}
     for name, value in state.items():
         start, ours = next((pair for pair in _PUBLISHED_PARTS if name.startswith(pair[0])), ("", ""))
@@ -98,18 +97,18 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def llava_losses(model: Any, **batch: Any) -> LlavaLosses:
-    """Return the losses of a batch of a LLaVA with cross tokens, one image for each text.
+    """Return the losses of a LLaVA with cross tokens, for a batch with one image per text.
 
     Args:
-        model: the model, of `add_cross_tokens`.
-        batch: what it is called with, `labels` among it.
+        model: after `add_cross_tokens`.
+        batch: arguments of its forward pass, with `labels`.
     """
     with _passes(model) as found:
         language = model(**batch).loss
     image, text = (flow.crosses for flow in found)
     first, second = (
         getattr(model.model.multi_modal_projector, name) for name in ("linear_1", "linear_2")
-    )  # the projector learns nothing from cross tokens
+    )  # the projector gets no gradients from cross tokens
     projected = [through(second, F.gelu(through(first, each))) for each in image]
     crosses = (torch.cat(each) for each in layer_by_layer(projected, text))
     return LlavaLosses(language, cross_loss(*crosses))
@@ -117,7 +116,7 @@ def llava_losses(model: Any, **batch: Any) -> LlavaLosses:
 
 @contextmanager
 def _passes(model: Any) -> Iterator[list[Flow]]:
-    """Give the passes through the vision tower and the language model, once they were made."""
+    """Yield a list that receives the passes through the vision tower and the language model."""
     found: list[Flow] = []
     layers = (model.model.vision_tower.encoder.layers[-1], model.model.language_model.layers[-1])
 
@@ -139,14 +138,14 @@ def _checked(tensors: Mapping[str, Tensor], modules: Mapping[str, Any]) -> dict[
     given = {_NAMES[name]: value for name, value in tensors.items() if name in _NAMES}
     if set(tensors) != set(_NAMES):
         raise CheckpointError(
-            f"LLaVA's cross tokens are {' and '.join(_NAMES)}, and the file holds {', '.join(sorted(tensors)[:4])}. "
+            f"LLaVA's cross tokens are {' and '.join(_NAMES)}, but the file holds {', '.join(sorted(tensors)[:4])}. "
             "Give cross_tokens.bin of a CrossGET model."
         )
     for name, module in modules.items():
         shape = (1, len(module.layers), module.config.hidden_size)
         if given[name].shape != shape:
             raise CheckpointError(
-                f"{name} has shape {tuple(given[name].shape)}, and the model needs {shape}. Take the model's own file."
+                f"{name} has shape {tuple(given[name].shape)}, and the model needs {shape}. Use the model's own file."
             )
     return given
 
@@ -154,7 +153,7 @@ def _checked(tensors: Mapping[str, Tensor], modules: Mapping[str, Any]) -> dict[
 def _start_images(
     encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put a copy of the first token behind the others."""
+    """Append a copy of the first token, the cross token."""
     place = place_of(encoder.layers[0])
     assert place is not None
     return args, {**kwargs, "inputs_embeds": place.merger.start(kwargs["inputs_embeds"], cross=encoder.cross_image)}
@@ -163,13 +162,13 @@ def _start_images(
 def _start_texts(
     language: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Mark the first token of every text, where a text starts; later steps read its cached keys and values."""
+    """Mark the first token of every text in the first step; later steps use its cached keys and values."""
     cache, embeds, mask = kwargs.get("cache"), kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     if embeds is None:
         embeds = language.embed_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
         args, kwargs = args[1:], {**kwargs, "input_ids": None}
     if cache is None or cache.get_seq_length() == 0:
-        # With padding on the left, the first token stands behind it.
+        # With padding on the left, the first token comes after it.
         first = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             first = mask.int().argmax(1)

@@ -1,8 +1,7 @@
-"""BLIP for visual reasoning (NLVR2): is a sentence true of a pair of images?
+"""BLIP for visual reasoning (NLVR2): whether a sentence is true of a pair of images.
 
-One vision transformer encodes both images; each layer of the text encoder attends to them through a twin
-cross-attention, whose two results are averaged in the lower layers and merged by a linear layer in the upper ones;
-a two-class head reads the first token.
+A vision transformer encodes both images. Each layer of the text encoder attends to them in two cross-attention
+branches; lower layers average the branches, upper ones merge them by a linear layer. A head classifies the first token.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from upop.models.sizes import some_images, some_words
 class NlvrConfig(BlipConfig):
     """Sizes of BLIP for NLVR before pruning."""
 
-    merge_from: int = Field(6, ge=0, description="first text layer whose twin outputs are merged by a linear layer")
+    merge_from: int = Field(6, ge=0, description="first text layer that merges its branches by a linear layer")
 
 
-class _TwinOutput(nn.Module):
-    """Projects the two contexts, joins them, and adds the residual (`output` in the published names)."""
+class _BranchesOutput(nn.Module):
+    """Projects and joins the outputs of both branches, and adds the residual (`output` in the published names)."""
 
     def __init__(self, config: Any, merge: bool) -> None:
         super().__init__()
@@ -48,18 +47,23 @@ class _TwinOutput(nn.Module):
 
 
 class TwinCrossAttention(nn.Module):
-    """Cross-attention to two images, each with its own projections; stands where BlipTextLayer has its single one."""
+    """Two cross-attention branches, one per image; replaces the single cross-attention of a BlipTextLayer."""
 
     def __init__(self, config: Any, layer: int, merge: bool) -> None:
         super().__init__()
         self.self0 = BlipTextSelfAttention(config, is_cross_attention=True, layer_idx=layer)
         self.self1 = BlipTextSelfAttention(config, is_cross_attention=True, layer_idx=layer)
-        self.output = _TwinOutput(config, merge)
+        self.output = _BranchesOutput(config, merge)
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Sequence[Tensor], **_unused: Any
     ) -> tuple[Tensor, None]:
-        """Return new states [batch, tokens, text_width] for text states and two images' states [B, N, vision_width]."""
+        """Return new text states, [batch, tokens, text_width].
+
+        Args:
+            hidden_states: text states, [batch, tokens, text_width].
+            encoder_hidden_states: states of the two images, [batch, patches, vision_width] each.
+        """
         context0, _ = self.self0(hidden_states, encoder_hidden_states=encoder_hidden_states[0])
         context1, _ = self.self1(hidden_states, encoder_hidden_states=encoder_hidden_states[1])
         return self.output(context0, context1, hidden_states), None
@@ -83,11 +87,11 @@ class BlipNlvr(nn.Module):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.find_prunable` reads the model."""
+        """Small inputs, for `upop.find_prunable` to trace the model."""
         return {"images": some_images(self.config, 4), **some_words(self.config)}
 
     def encode(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image states [2B, N, vision_width] and text states [batch, tokens, text_width]; see `forward`."""
+        """Return image states, [2 * batch, patches, vision_width], and text states, [batch, tokens, text_width]."""
         image_states = self.visual_encoder(images)
         # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
         first = torch.full_like(input_ids[:, :1], self.config.vocab_size - 1)
@@ -95,7 +99,7 @@ class BlipNlvr(nn.Module):
         text = self.text_encoder(
             torch.cat([first, input_ids[:, 1:]], dim=1),
             attention_mask=attention_mask,
-            encoder_hidden_states=[pairs[0], pairs[1]],  # a list: transformers before 5.24 looks into no tuple
+            encoder_hidden_states=[pairs[0], pairs[1]],  # a list: transformers before 5.24 does not support tuples
             is_decoder=False,
         )
         return image_states, text.last_hidden_state
@@ -104,7 +108,7 @@ class BlipNlvr(nn.Module):
         """Return logits [batch, 2] (false, true).
 
         Args:
-            images: [2B, 3, S, S]: all first images, then all second ones.
+            images: [2 * batch, 3, size, size], all first images before all second ones.
             input_ids: token ids of the sentences, [batch, tokens].
             attention_mask: 1 where there is a token, 0 where there is padding, [batch, tokens].
         """

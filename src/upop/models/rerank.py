@@ -1,8 +1,8 @@
-"""Re-ranking: the candidates that features propose, compared again by the matching head, many queries at a time.
+"""Re-ranking: the matching head scores the candidates of feature similarity, many queries at a time.
 
-The matching logit of an image and a text is the same whichever of them asks, so every pair is computed once for both
-directions. Pairs are sorted by image: its states are kept once, and all texts of a pass that look at it share its
-keys and values, most of the work of a pair. Texts of like length go together, so that little is spent on padding.
+A pair has the same matching logit in both directions, so it is computed once. Pairs are sorted by image, so that the
+texts of a pass share the image's keys and values, most of the work of a pair. Texts of similar length are batched, to
+reduce padding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _BLOCK = 1024
 
 
 class Matcher(Protocol):
-    """What `match_pairs` asks of a model; `upop.models.retrieval.BlipRetrieval.match` is one."""
+    """A matching head, such as `upop.models.retrieval.BlipRetrieval.match`."""
 
     def __call__(self, image_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits [G * n, 2] of G images with n texts each."""
+        """Return logits, [texts, 2], for images with equally many texts each."""
         ...
 
 
@@ -29,12 +29,12 @@ def candidates(queries: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tenso
     """Return the `count` keys that are most similar to each query, best first, and their similarities.
 
     Args:
-        queries: features, [Q, D].
-        keys: features, [K, D].
-        count: how many; all keys if there are fewer.
+        queries: features, [queries, dim].
+        keys: features, [keys, dim].
+        count: candidates per query; all keys if there are fewer.
 
     Returns:
-        Numbers of the keys and similarities, both [Q, min(count, K)].
+        Indices of the keys, and similarities, [queries, candidates] each.
     """
     count = min(count, len(keys))
     best = [(block @ keys.t()).topk(count) for block in queries.split(_BLOCK)]
@@ -53,17 +53,17 @@ def match_pairs(
     batch: int,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the logit of "match" for pairs of an image and a text, [P], on the CPU.
+    """Return the "match" logit of image-text pairs, [pairs], on the CPU.
 
     Args:
         match: the model's matching head.
-        image_states: of all images, [N, tokens, width]; they may lie on the CPU, and go to the device as needed.
-        input_ids: of all texts, [M, T].
-        attention_mask: 1 where there is a token, 0 where there is padding (at the end), [M, T].
-        images: the image of each pair, [P], on the CPU.
-        texts: the text of each pair, [P], on the CPU.
-        batch: most pairs in a pass; what bounds the memory.
-        device: where to compute; where the states are if not given.
+        image_states: of all images, [images, patches, hidden]; on the CPU they are moved to the device as needed.
+        input_ids: of all texts, [texts, tokens].
+        attention_mask: 1 for tokens, 0 for padding at the end, [texts, tokens].
+        images: image of each pair, [pairs], on the CPU.
+        texts: text of each pair, [pairs], on the CPU.
+        batch: maximum pairs per pass; bounds the memory.
+        device: of the computation; by default that of the states.
     """
     device = image_states.device if device is None else device
     if not len(images):
@@ -71,7 +71,7 @@ def match_pairs(
     lengths = attention_mask.sum(1).cpu()
     rows = _rows(images, lengths[texts], batch)
     width = rows.shape[1]
-    # Rows of like length share a pass.
+    # Rows of similar length share a pass.
     rows = rows[lengths[texts[rows]].amax(1).argsort(stable=True)]
     logits = torch.empty(len(images))
     for part in rows.split(max(1, batch // width)):
@@ -84,9 +84,9 @@ def match_pairs(
 
 
 def _rows(images: Tensor, lengths: Tensor, batch: int) -> Tensor:
-    """Return rows of pairs that have their image in common, [rows, width], short texts first.
+    """Return rows of pairs with the same image, [rows, width], short texts first.
 
-    An image's last row is filled up with its last pair.
+    The last pair of an image is repeated to fill its last row.
     """
     order = torch.argsort(lengths, stable=True)
     order = order[torch.argsort(images[order], stable=True)]

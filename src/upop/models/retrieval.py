@@ -1,7 +1,7 @@
-"""BLIP for retrieval: which texts belong to an image, and which images to a text?
+"""BLIP for image-text retrieval.
 
-Two towers give features that are compared quickly (trained by momentum contrast); for the best candidates the text
-encoder then looks at the image through its cross-attention, and a two-class head says whether they match.
+Two towers, trained by momentum contrast, give features for a fast search. The text encoder then attends to the images
+of the best candidates, and a head classifies whether image and text match.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from upop.pruning.precision import precise
 
 
 class RetrievalConfig(BlipConfig):
-    """Sizes of BLIP for retrieval before pruning, and what its momentum contrast needs."""
+    """Sizes of BLIP for retrieval before pruning, and of its momentum contrast."""
 
-    drop_path: float = Field(0.0, ge=0, lt=1, description="of the vision transformer, at its last block")
-    embed_dim: int = Field(256, gt=0, description="of the features that are compared")
-    queue_size: int = Field(57600, gt=0, description="number of features from earlier batches to compare with")
-    momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth rate of the vision transformer's last block"
+    )
+    embed_dim: int = Field(256, gt=0, description="size of the features")
+    queue_size: int = Field(57600, gt=0, description="features of earlier batches in the contrastive loss")
+    momentum: float = Field(0.995, ge=0, lt=1, description="momentum of the momentum encoders")
 
 
 class Comparison(NamedTuple):
-    """What the model says of N images and M texts."""
+    """Features and matching logits of images and texts."""
 
     image_features: Tensor
-    """Normalised, [N, embed_dim]."""
+    """Normalised, [images, embed_dim]."""
     text_features: Tensor
-    """Normalised, [M, embed_dim]."""
+    """Normalised, [texts, embed_dim]."""
     logits: Tensor
-    """Of no match and match, for every pair, [N, M, 2]."""
+    """Of no match and match, for every pair, [images, texts, 2]."""
 
 
 class RetrievalLosses(NamedTuple):
@@ -56,9 +58,10 @@ class RetrievalLosses(NamedTuple):
 
 
 class SharedCrossAttention(BlipTextAttention):
-    """Cross-attention in which several texts look at one image, whose keys and values are computed once for all.
+    """Cross-attention of several texts to one image, whose keys and values are computed once.
 
-    The texts of an image follow each other: states [G * n, T, width] look at images [G, N, vision_width].
+    Texts of an image are consecutive: states, [texts, tokens, text_width], attend to images, [images, patches,
+    vision_width], with equally many texts per image.
     """
 
     def forward(
@@ -66,11 +69,11 @@ class SharedCrossAttention(BlipTextAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        *args: Any,  # whose names differ between versions of the library
+        *args: Any,  # their names differ between versions of transformers
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Return the new states [G * n, T, width], and the attention weights as the library gives them."""
-        # To cross-attention the tokens of all texts are alike, so n texts are one with n times the tokens.
+        """Return the new states, [texts, tokens, text_width], and the library's attention weights."""
+        # Cross-attention treats all tokens alike, so the texts of an image are joined to one sequence.
         assert encoder_hidden_states is not None
         joined = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
         states, weights = super().forward(joined, attention_mask, encoder_hidden_states, *args, **kwargs)
@@ -100,29 +103,29 @@ class BlipRetrieval(MomentumContrast):
             setattr(self, momentum_encoder, copy.deepcopy(getattr(self, name)))
         self.copy_to_momentum()
         self.add_queues(config.embed_dim, config.queue_size)
-        self._described = False
+        self._warned = False
         self._drawn: dict[str, Any] = {}
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.find_prunable` reads the model."""
+        """Small inputs, for `upop.find_prunable` to trace the model."""
         return {"images": some_images(self.config), **some_words(self.config)}
 
     def remake_queues(self, size: int) -> None:
-        """Start the queues afresh, with room for `size` features."""
+        """Reinitialise the queues for `size` features."""
         super().remake_queues(size)
         self.config = self.config.model_copy(update={"queue_size": size})
 
     def replay_arguments(self) -> dict[str, Any]:
-        """Return the hard negatives that the last loss drew, so that a teacher compares the same pairs."""
+        """Return the hard negatives of the last loss, so that a teacher uses the same pairs."""
         return self._drawn
 
     def encode_image(self, images: Tensor, *, momentum: bool = False) -> tuple[Tensor, Tensor]:
-        """Return states [B, tokens, vision_width] and normalised features [B, embed_dim] of images [B, 3, S, S].
+        """Return states, [batch, patches, vision_width], and normalised features, [batch, embed_dim], of images.
 
         Args:
-            images: the images.
-            momentum: ask the momentum copies.
+            images: [batch, 3, size, size].
+            momentum: whether to use the momentum encoders.
         """
         tower, head = self._towers("visual_encoder", "vision_proj", momentum)
         states = tower(images)
@@ -131,24 +134,24 @@ class BlipRetrieval(MomentumContrast):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, *, momentum: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return states [B, T, text_width] and normalised features [B, embed_dim] of texts [B, T], without images.
+        """Return states, [batch, tokens, text_width], and normalised features, [batch, embed_dim], of texts alone.
 
         Args:
-            input_ids: token ids; the first is [CLS].
-            attention_mask: 1 where there is a token, 0 where there is padding.
-            momentum: ask the momentum copies.
+            input_ids: token ids, [batch, tokens]; the first is [CLS].
+            attention_mask: 1 for tokens, 0 for padding, [batch, tokens].
+            momentum: whether to use the momentum encoders.
         """
         tower, head = self._towers("text_encoder", "text_proj", momentum)
         states = tower(input_ids, attention_mask=attention_mask, is_decoder=False).last_hidden_state
         return states, F.normalize(head(states[:, 0]), dim=-1)
 
     def match(self, image_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the logits of no match and match, [G * n, 2].
+        """Return the logits of no match and match, [texts, 2].
 
         Args:
-            image_states: of G images, [G, tokens, vision_width].
-            input_ids: n texts for each of them, those of one image together, [G * n, T].
-            attention_mask: 1 where there is a token, 0 where there is padding, [G * n, T].
+            image_states: [images, patches, vision_width].
+            input_ids: equally many texts per image, consecutive for each, [texts, tokens].
+            attention_mask: 1 for tokens, 0 for padding, [texts, tokens].
         """
         # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
         first = torch.full_like(input_ids[:, :1], self.config.vocab_size - 1)
@@ -172,18 +175,18 @@ class BlipRetrieval(MomentumContrast):
     ) -> Comparison | RetrievalLosses:
         """Compare images with texts; with `ids`, return the losses of a batch of pairs.
 
-        In training mode the losses also clamp the temperature, move the momentum copies and fill the queues.
+        In training mode the losses also clamp the temperature, update the momentum encoders and fill the queues.
 
         Args:
             images: [batch, 3, size, size].
-            input_ids: token ids of the texts, [M, T]; M is B where `ids` are given.
-            attention_mask: 1 where there is a token, 0 where there is padding, [M, T].
-            ids: number of each pair's image, [batch]; equal numbers belong together.
-            alpha: weight of the momentum copies' own similarities in the contrastive targets.
-            draws: [2 * B], the pairs (of all processes) that give each text its wrong image, then each image its
-                wrong text; drawn by similarity if not given.
-            all_ranks: draw wrong ones from the batches of all processes. In evaluation mode processes meet only where
-                `draws` are given.
+            input_ids: token ids of the texts, [texts, tokens]; one text per image if `ids` are given.
+            attention_mask: 1 for tokens, 0 for padding, [texts, tokens].
+            ids: image number of each pair, [batch]; pairs with equal numbers are positives.
+            alpha: weight of the momentum encoders' similarities in the contrastive targets.
+            draws: hard negatives as indices of pairs of all processes: an image for each text, then a text for each
+                image, [2 * batch]; drawn by similarity if None.
+            all_ranks: whether hard negatives come from the batches of all processes. In evaluation mode, processes
+                communicate only if `draws` are given.
         """
         if ids is not None:
             return self._losses(images, input_ids, attention_mask, ids, alpha, draws, all_ranks)
@@ -210,7 +213,7 @@ class BlipRetrieval(MomentumContrast):
         _, text = self.encode_text(input_ids, attention_mask)
         with torch.no_grad():
             if self.training:
-                self.move_momentum(self.config.momentum)
+                self.update_momentum(self.config.momentum)
             _, image_m = self.encode_image(images, momentum=True)
             _, text_m = self.encode_text(input_ids, attention_mask, momentum=True)
         contrastive = self.contrastive_loss(image, text, image_m, text_m, ids, alpha, 1 / self.temp)
@@ -219,12 +222,12 @@ class BlipRetrieval(MomentumContrast):
         shared = all_ranks and (self.training or draws is not None)
         index, paired = self._negatives(image.detach(), text.detach(), ids, draws, shared)
         self._drawn = {"draws": index.flatten(), "all_ranks": shared}
-        wrong_states = (gather_with_gradients(states) if shared else states)[index[0]]
+        negative_states = (gather_with_gradients(states) if shared else states)[index[0]]
         every_text = [gather_texts(part) if shared else part for part in (input_ids, attention_mask)]
         pad = every_text[0].shape[1] - input_ids.shape[1]
         own_text = [F.pad(part, (0, pad)) for part in (input_ids, attention_mask)]
         texts = [torch.cat([own, own, every[index[1]]]) for own, every in zip(own_text, every_text, strict=True)]
-        logits = self.match(torch.cat([states, wrong_states, states]), texts[0], texts[1])
+        logits = self.match(torch.cat([states, negative_states, states]), texts[0], texts[1])
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         labels[: len(ids)] = 1
         losses = F.cross_entropy(precise(logits), labels, reduction="none")
@@ -234,8 +237,8 @@ class BlipRetrieval(MomentumContrast):
     def _negatives(
         self, image: Tensor, text: Tensor, ids: Tensor, draws: Tensor | None, shared: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return a wrong image for each text and a wrong text for each image, [2, B], and who has any, [batch]."""
-        images, texts, numbers = (self.everyone(part) if shared else part for part in (image, text, ids))
+        """Return hard negatives, an image per text and a text per image, [2, batch], and who has any, [batch]."""
+        images, texts, numbers = (self.gathered(part) if shared else part for part in (image, text, ids))
         same = ids.unsqueeze(1) == numbers.unsqueeze(0)
         if draws is not None:
             return draws.view(2, -1), ~same.all(1)
@@ -245,11 +248,11 @@ class BlipRetrieval(MomentumContrast):
             for query, keys, part in ((text, images, noise[0]), (image, texts, noise[1]))
         ]
         paired = drawn[0][1]
-        if not self._described and not paired.all():
-            self._described = True
+        if not self._warned and not paired.all():
+            self._warned = True
             warnings.warn(
-                "A batch holds no hard negative for some of its pairs (a batch of one, or of one image alone); these "
-                "add no matching loss. Raise batch_size_train if this is more than an exception.",
+                "Some pairs of a batch have no hard negative (a batch of one pair, or of one image), and add no "
+                "matching loss. Raise batch_size_train if this happens often.",
                 stacklevel=2,
             )
         return torch.stack([index for index, _ in drawn]), paired

@@ -1,8 +1,8 @@
-"""Segmenter (Strudel et al., ICCV 2021): which class every pixel of an image belongs to.
+"""Segmenter (Strudel et al., ICCV 2021): semantic segmentation with a vision transformer.
 
-timm's vision transformer encodes the patches of an image. A decoder compares each of them with a learned embedding of
-each class, after both have met in a few more transformer blocks (or a linear layer judges each patch alone), and the
-scores of the patches are enlarged to pixels. Parameter names are those of the published checkpoints.
+timm's vision transformer encodes patches. The decoder is a mask transformer, in which patches and class embeddings
+attend to each other and are compared, or a linear layer. Scores of patches are upsampled to pixels. Parameter names are
+those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BACKBONES: dict[str, dict[str, int]] = {
         ("large", 16, 1024, 24),
     )
 }
-"""Sizes by the published names of encoders; the decoder is as wide as its encoder."""
+"""Published name of an encoder -> sizes; the decoder has the width of its encoder."""
 
 _NORM = nn.LayerNorm  # with torch's eps of 1e-5, as published; timm's own default is 1e-6
 
@@ -46,7 +46,9 @@ _NORM = nn.LayerNorm  # with torch's eps of 1e-5, as published; timm's own defau
 class SegmenterConfig(ModelConfig):
     """Sizes of Segmenter before pruning. The defaults are those of the published ViT-S/16 model for ADE20K."""
 
-    image_size: int = Field(512, gt=0, description="side in pixels of the crops that the positions are learned on")
+    image_size: int = Field(
+        512, gt=0, description="side of training crops, in pixels, which sets the position embeddings"
+    )
     patch_size: int = Field(16, gt=0)
     vision_width: int = Field(384, gt=0)
     vision_depth: int = Field(12, gt=0)
@@ -58,9 +60,9 @@ class SegmenterConfig(ModelConfig):
     decoder_heads: int = Field(6, gt=0)
     decoder_mlp: int = Field(1536, gt=0)
     classes: int = Field(150, gt=0)
-    encoder_classes: int = Field(1000, ge=0, description="of the encoder's old head: it is kept, and never used")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="of the encoder, at its last block")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the encoder")
+    encoder_classes: int = Field(1000, ge=0, description="of the encoder's classification head, which is not used")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the encoder's last block")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the encoder")
     decoder_drop_path: float = Field(0.0, ge=0, lt=1)
     decoder_dropout: float = Field(0.1, ge=0, lt=1)
 
@@ -74,9 +76,9 @@ class SegmenterConfig(ModelConfig):
 
 
 def resize_grid(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize position embeddings [1, 1 + n*n, width] of a square grid to [1, 1 + rows * columns, width], bilinearly.
+    """Resize position embeddings of a square grid bilinearly, [1, 1 + side^2, width] -> [1, 1 + rows * columns, width].
 
-    As the published Segmenter does; the first one is the class token's, and stays as it is.
+    As in the published Segmenter; the first one, of the class token, is unchanged.
     """
     side = round((positions.shape[1] - 1) ** 0.5)
     if grid == (side, side):
@@ -102,12 +104,12 @@ def _build_encoder(config: SegmenterConfig) -> VisionTransformer:
         norm_layer=_NORM,
         dynamic_img_size=True,
     )
-    encoder.head.requires_grad_(False)  # it gets no gradients, for which data-parallel training would wait in vain
+    encoder.head.requires_grad_(False)  # unused: DDP would wait for its gradients
     return encoder
 
 
 class LinearDecoder(nn.Module):
-    """Scores every patch alone."""
+    """Scores every patch by a linear layer."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
@@ -116,13 +118,13 @@ class LinearDecoder(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return scores [batch, N, classes] of encoded patches [batch, N, vision_width]."""
+        """Return scores, [batch, patches, classes], of encoded patches, [batch, patches, vision_width]."""
         scores: Tensor = self.head(patches)
         return scores
 
 
 class MaskTransformer(nn.Module):
-    """Lets patches and class embeddings attend to each other, and scores patches by their likeness to each class."""
+    """Lets patches and class embeddings attend to each other, and scores patches by similarity to each class."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
@@ -155,7 +157,7 @@ class MaskTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_emb, std=0.02)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return scores [batch, N, classes] of encoded patches [batch, N, vision_width]."""
+        """Return scores, [batch, patches, classes], of encoded patches, [batch, patches, vision_width]."""
         patches = self.proj_dec(patches)
         states = torch.cat([patches, self.cls_emb.expand(patches.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
@@ -178,30 +180,33 @@ class Segmenter(nn.Module):
         self.decoder = MaskTransformer(config) if config.decoder == "mask_transformer" else LinearDecoder(config)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return states [B, 1 + N, vision_width] of images [B, 3, H, W] whose sides are multiples of the patch's.
+        """Return states, [batch, 1 + patches, vision_width]: the class token's, then those of patches, row by row.
 
-        The first state is the class token's, then come the patches row by row. Positions are resized where the grid of
-        patches is another one than that of `config.image_size`.
+        Position embeddings are resized if the grid of patches differs from that of `config.image_size`.
+
+        Args:
+            images: [batch, 3, height, width]; sides are multiples of the patch size.
         """
         encoder = self.encoder
         assert encoder.cls_token is not None
         assert encoder.pos_embed is not None
-        patches = encoder.patch_embed(images)  # [B, rows, columns, width]
+        patches = encoder.patch_embed(images)  # [batch, rows, columns, width]
         positions = resize_grid(encoder.pos_embed, (patches.shape[1], patches.shape[2]))
         tokens = torch.cat([encoder.cls_token.expand(images.shape[0], -1, -1), patches.flatten(1, 2)], dim=1)
         states: Tensor = encoder.norm(encoder.blocks(encoder.pos_drop(tokens + positions)))
         return states
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [batch, classes, H, W] of images [batch, 3, height, width] of any size.
+        """Return logits, [batch, classes, height, width], of images, [batch, 3, height, width], of any size.
 
-        Zeros are added below and at the right up to a multiple of the patch size, and the scores there left out.
+        Images are padded with zeros, at the bottom and the right, to a multiple of the patch size; the result is
+        cropped.
         """
         height, width = images.shape[-2:]
         patch = self.config.patch_size
         images = F.pad(images, (0, -width % patch, 0, -height % patch))
         rows, columns = images.shape[-2] // patch, images.shape[-1] // patch
-        scores = self.decoder(self.encode(images)[:, 1:])  # [B, N, classes]
+        scores = self.decoder(self.encode(images)[:, 1:])  # [batch, patches, classes]
         scores = scores.transpose(1, 2).unflatten(2, (rows, columns))
         logits = F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]

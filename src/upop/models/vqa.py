@@ -1,7 +1,7 @@
-"""BLIP for visual question answering: a question about an image, answered in words.
+"""BLIP for visual question answering.
 
-The vision transformer encodes the image, a text encoder reads the question with the image in view, and a text
-decoder with the question's states in view writes an answer, or says how likely each candidate of a list is.
+A vision transformer encodes the image, and the text encoder of the question attends to it. A text decoder attends to
+the question's states, and generates an answer or ranks the candidates of a list.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from upop.pruning.precision import accumulator, precise
 
 NUM_BEAMS = 3
 MAX_TOKENS = 10
-"""Of a generated answer, with its first token."""
+"""Maximum tokens of a generated answer, with [DEC]."""
 
 
 class VqaConfig(BlipConfig):
-    """Sizes of BLIP for VQA before pruning; question encoder and answer decoder have the same."""
+    """Sizes of BLIP for VQA before pruning; question encoder and answer decoder have the same sizes."""
 
     image_size: int = 480
 
 
 class _MaskedCrossAttention(BlipTextAttention):
-    """Cross-attention that leaves padding out; transformers' own loses the mask on the way, and attends to all."""
+    """Cross-attention that ignores padding; transformers' own drops the mask and attends to padding, too."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
@@ -54,19 +54,19 @@ class BlipVqa(nn.Module):
         self.visual_encoder = build_vision_encoder(config)
         self.text_encoder = BlipTextModel(text_config(config), add_pooling_layer=False)
         keep_position_ids(self.text_encoder.embeddings)
-        # The decoder looks at the question's states, not at the image's.
+        # The decoder attends to the question, not to the image.
         self.text_decoder = build_text_decoder(config.model_copy(update={"vision_width": config.text_width}))
         for layer in self.text_decoder.bert.encoder.layer:
             layer.crossattention.__class__ = _MaskedCrossAttention
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.find_prunable` reads the model."""
+        """Small inputs, for `upop.find_prunable` to trace the model."""
         texts = some_words(self.config, "question") | some_words(self.config, "answer")
         return {"images": some_images(self.config), **texts, "answer_counts": torch.ones(2, dtype=torch.long)}
 
     def encode(self, images: Tensor, question_ids: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image states [B, N, vision_width] and question states [batch, tokens, text_width]; see `forward`."""
+        """Return image states, [batch, patches, vision_width], and question states, [batch, tokens, text_width]."""
         image_states = self.visual_encoder(images)
         text = self.text_encoder(
             _with_first(question_ids, self.config.vocab_size - 1),  # [ENC], the last word of the vocabulary
@@ -77,13 +77,13 @@ class BlipVqa(nn.Module):
         return image_states, text.last_hidden_state
 
     def decode(self, answer_ids: Tensor, answer_mask: Tensor, states: Tensor, question_mask: Tensor) -> Tensor:
-        """Return logits [A, L, vocab_size] of the tokens after each of an answer's.
+        """Return next-token logits, [answers, tokens, vocab_size].
 
         Args:
-            answer_ids: token ids of A answers, [A, L]; the first one becomes [DEC].
-            answer_mask: 1 where there is a token, [A, L].
-            states: of each answer's question, [A, T, text_width].
-            question_mask: of each answer's question, [A, T].
+            answer_ids: token ids, [answers, tokens]; the first is replaced by [DEC].
+            answer_mask: 1 for tokens, 0 for padding, [answers, tokens].
+            states: of each answer's question, [answers, question tokens, text_width].
+            question_mask: of each answer's question, [answers, question tokens].
         """
         output = self.text_decoder(
             _with_first(answer_ids, self.config.vocab_size - 2),  # [DEC]
@@ -103,15 +103,15 @@ class BlipVqa(nn.Module):
         answer_mask: Tensor,
         answer_counts: Tensor,
     ) -> Tensor:
-        """Return logits [A, L, vocab_size] of the tokens after each of an answer's.
+        """Return next-token logits of answers, [answers, answer tokens, vocab_size].
 
         Args:
             images: [batch, 3, size, size].
-            question_ids: token ids of the questions, [batch, tokens]; the first one becomes [ENC].
-            question_mask: 1 where there is a token, 0 where there is padding, [batch, tokens].
-            answer_ids: token ids of all answers, those of the first question first, [A, L].
-            answer_mask: as `question_mask`, [A, L].
-            answer_counts: how many answers each question has, [batch]; their sum is A.
+            question_ids: token ids of the questions, [batch, tokens]; the first is replaced by [ENC].
+            question_mask: 1 for tokens, 0 for padding, [batch, tokens].
+            answer_ids: token ids of all answers, in the order of questions, [answers, answer tokens].
+            answer_mask: 1 for tokens, 0 for padding, [answers, answer tokens].
+            answer_counts: number of answers per question, [batch]; their sum is the number of answers.
         """
         _, states = self.encode(images, question_ids, question_mask)
         return self.decode(
@@ -124,23 +124,23 @@ class BlipVqa(nn.Module):
     def rank(
         self, states: Tensor, question_mask: Tensor, candidate_ids: Tensor, candidate_mask: Tensor, k: int, chunk: int
     ) -> Tensor:
-        """Return the place in the list of the likeliest candidate for each question, [batch].
+        """Return the index of the likeliest candidate for each question, [batch].
 
-        The `k` candidates whose first token is the likeliest are compared by the loss of all their tokens.
+        The `k` candidates with the likeliest first token are compared by the loss of all their tokens.
 
         Args:
             states: of the questions, [batch, tokens, text_width], from `encode`.
             question_mask: [batch, tokens].
-            candidate_ids: token ids of the list, [C, L], each starting with any token that stands for [DEC].
-            candidate_mask: [C, L].
-            k: how many; all of them where the list is shorter.
-            chunk: most pairs of question and candidate that go through the decoder at once; what bounds the memory.
+            candidate_ids: token ids, [candidates, answer tokens]; the first is replaced by [DEC].
+            candidate_mask: [candidates, answer tokens].
+            k: candidates per question to compare; all if the list is shorter.
+            chunk: maximum question-candidate pairs per forward pass; bounds the memory.
         """
         begin = torch.zeros_like(question_mask[:, :1])
         first = self.decode(begin, torch.ones_like(begin), states, question_mask)[:, 0].softmax(-1)
         places = first[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)), dim=1).indices
         pairs, lengths = places.flatten(), candidate_mask.sum(1)
-        # Candidates of like length go together, so that little is spent on padding: most have one word, few have many.
+        # Candidates of similar length are batched, to reduce padding: most have one word, and few have many.
         order = lengths[pairs].argsort(stable=True)
         losses = torch.empty(len(pairs), device=states.device, dtype=accumulator(states))
         for part in order.split(chunk):
@@ -153,14 +153,14 @@ class BlipVqa(nn.Module):
         return places.gather(1, best).squeeze(1)
 
     def generate(self, states: Tensor, question_mask: Tensor | None, end: int, pad: int = 0) -> Tensor:
-        """Return answers found by beam search, [batch, at most 10 tokens], each starting with [DEC].
+        """Return answers by beam search, [batch, up to 10 tokens], each starting with [DEC].
 
         Args:
             states: of the questions, [batch, tokens, text_width], from `encode`.
-            question_mask: [batch, T]; None has the states of padding in view too, as in the published code, so that an
-                answer depends on how long the other questions of its batch are.
-            end: the token that ends an answer.
-            pad: the token that fills shorter answers up.
+            question_mask: [batch, tokens]; None attends to padding, too, as in the published code, so that answers
+                depend on the length of the batch's other questions.
+            end: id of the end token.
+            pad: id of the padding token.
         """
         begin = torch.full((len(states), 1), self.config.vocab_size - 2, device=states.device)
         decoder: Any = self.text_decoder
@@ -181,12 +181,12 @@ class BlipVqa(nn.Module):
 
 
 def answer_losses(logits: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
-    """Return the loss of each answer, [A]: the sum over its tokens, with the published label smoothing.
+    """Return the loss of each answer, [answers]: the sum over its tokens, with the published label smoothing.
 
     Args:
-        logits: [A, L, vocab_size], from the model.
-        answer_ids: [A, L]; the first token is not predicted.
-        answer_mask: [A, L].
+        logits: from the model, [answers, tokens, vocab_size].
+        answer_ids: [answers, tokens]; the first token is not predicted.
+        answer_mask: [answers, tokens].
     """
     targets = answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:]
     losses = F.cross_entropy(

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: images, tables, and the numbers behind them."""
+"""Reports of runs: figures, tables, pages, and the numbers behind them."""
 
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency

@@ -1,7 +1,7 @@
-"""Curves as the page draws them: points in percent of the plot's width and height, and round numbers along its sides.
+"""Charts of the HTML page: points in percent of the plot's width and height, and axis ticks.
 
-Colours, widths and letters are the page's: a plot stretches with it, and its letters do not. matplotlib, which draws
-the figures that are files (`figures.py`), fixes all three when it draws; only its ticks serve here.
+The page's style sheet sets colours, line widths and fonts, so that charts stretch with the page and their text does
+not. matplotlib fixes all of them when it draws (`figures.py`), so only its tick locator is used here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 Point = tuple[float, float]
 
 _MOST_POINTS = 400
-_LARGEST = 1e30  # what diverged further than this is not drawn
-_LETTERS = 8.0  # height of a line of letters, in percent of the plot
-_USUAL, _FEW = 0.97, 30  # that share of the values is not cut off, and nothing where there are fewer
-_SMOOTHED = 40  # a curve of more points is drawn with its running mean over so many parts of it
+_LARGEST = 1e30  # larger values are not drawn
+_LETTERS = 8.0  # height of a line of text, in percent of the plot
+_USUAL, _FEW = 0.97, 30  # quantile that is never clipped; fewer points are never clipped
+_SMOOTHED = 40  # a curve with more points gets a running mean, over windows of 1 / _SMOOTHED of it
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Line:
 
     Attributes:
         name: for the legend.
-        style: class of the page's style sheet: its colour and dashes.
+        style: class in the style sheet, for colour and dashes.
         points: (step, value), by step.
-        dots: whether every point is marked.
-        label: whether the last value is written beside it.
+        dots: whether to mark every point.
+        label: whether to print the last value next to it.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A line in percent of the plot: x from the left, y from the top, as SVG wants them.
+    """A line in SVG coordinates: percent of the plot, x from the left, y from the top.
 
-    `end` is the last value, with its place from the top.
+    `end` is the y coordinate and the text of the last value's label.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Tick:
-    """A round number beside a plot: where, in percent from the left or from the top, and how it is written."""
+    """A tick of an axis: its position in percent from the left or the top, and its text."""
 
     at: float
     text: str
@@ -64,7 +64,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Band:
-    """A phase of the run behind a plot: from where to where, in percent from the left."""
+    """A phase of the run in the background of a plot: its left edge and width, in percent."""
 
     name: str
     left: float
@@ -76,14 +76,14 @@ class Chart:
     """A plot, ready to be drawn.
 
     Attributes:
-        title: what is drawn, with its group.
+        title: quantity and unit.
         lines: the curves.
-        legend: whether there are several names to tell apart.
-        x: numbers below.
-        y: numbers on the left.
-        x_title: what the numbers below are.
+        legend: whether to show a legend.
+        x: ticks of the horizontal axis.
+        y: ticks of the vertical axis.
+        x_title: title of the horizontal axis.
         bands: phases of the run.
-        summary: the same in words, for those who do not see it.
+        summary: the curves in words, for screen readers.
     """
 
     title: str
@@ -119,13 +119,13 @@ def chart(
     """Return a plot of all lines that have points; None if none has.
 
     Args:
-        title: what is drawn, with its group.
+        title: quantity and unit.
         lines: the curves; points that are not finite are left out.
-        phases: (name, first step, last step), drawn behind them.
-        x_title: what the numbers below are.
-        from_zero: whether the numbers on the left begin with 0.
-        x_from_zero: whether those below do.
-        cut: whether a few values far above all others are drawn at the upper edge, which the title then says.
+        phases: (name, first step, last step), drawn in the background.
+        x_title: title of the horizontal axis.
+        from_zero: whether the vertical axis starts at 0.
+        x_from_zero: whether the horizontal axis does.
+        cut: whether to clip a few values far above all others; the title then says so.
     """
     drawn = []
     for line in lines:
@@ -138,7 +138,7 @@ def chart(
     ys = [y for _, points in drawn for _, y in points]
     edge = _edge(ys) if cut else None
     if edge is not None:
-        title += f"; up to {compact(max(ys))}, cut at {compact(edge)}"
+        title += f"; up to {compact(max(ys))}, clipped at {compact(edge)}"
         drawn = [(line, [(x, min(y, edge)) for x, y in points]) for line, points in drawn]
         ys = [min(y, edge) for y in ys]
     across = _scale([*xs, *([0] if x_from_zero else []), *(end for _, _, end in phases)], tight=x_from_zero)
@@ -158,7 +158,7 @@ def chart(
 
 
 def with_mean(line: Line, mean_style: str) -> list[Line]:
-    """Return a noisy line with its running mean, which bears its name; alone where it has few points."""
+    """Return a noisy line and its running mean; a line with few points is returned alone."""
     if len(line.points) <= _SMOOTHED:
         return [Line(line.name, mean_style, line.points, line.dots, line.label)]
     window = max(2, len(line.points) // _SMOOTHED)
@@ -170,7 +170,7 @@ def with_mean(line: Line, mean_style: str) -> list[Line]:
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """Return the points, or, where there are more than `most`, means of neighbours, and the last one as it is."""
+    """Return the points; if there are more than `most`, means of neighbours, and the last point."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / most)
@@ -180,7 +180,7 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def compact(value: float) -> str:
-    """Return a number as an axis shows it: 0, 0.5, 12, 1,500, 20k, 3M, 2e-5."""
+    """Return a number for an axis: 0, 0.5, 12, 1,500, 20k, 3M, 2e-5."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -197,7 +197,7 @@ def compact(value: float) -> str:
 
 
 def _apart(lines: list[Drawn]) -> tuple[Drawn, ...]:
-    """Move the values at the ends of lines apart, so that none lies over another."""
+    """Move the labels at the ends of lines apart, so that none overlap."""
     result = list(lines)
     lowest = -math.inf
     ends = [(line.end, place) for place, line in enumerate(lines) if line.end is not None]
@@ -208,7 +208,7 @@ def _apart(lines: list[Drawn]) -> tuple[Drawn, ...]:
 
 
 def _edge(values: Sequence[float]) -> float | None:
-    """Return where to cut a curve that begins far above all the rest of it; None where it does not."""
+    """Return the value at which to clip a curve that starts far above its rest; None for other curves."""
     ordered = sorted(values)
     usual = ordered[int(_USUAL * (len(ordered) - 1))]
     return 1.25 * usual if len(ordered) >= _FEW and usual > 0 and ordered[-1] > 2.5 * usual else None

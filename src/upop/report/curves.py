@@ -1,4 +1,4 @@
-"""Which curves a page shows: metrics, what is kept, the loss and the learning rate, of one run or of several."""
+"""The charts of a page: metrics, kept channels, loss and learning rate, of one run or several."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from upop.report.charts import Chart, Line, Point, chart, with_mean
 from upop.report.results import Results
 from upop.report.run import Run
 
-_ABOUT = frozenset({"phase", "epoch", "step", "split", "average", "seconds"})  # the rest of a row are metrics
+_ABOUT = frozenset({"phase", "epoch", "step", "split", "average", "seconds"})  # all other keys of a row are metrics
 _MOST_METRICS = 2
 _RUN_STYLES = 6
 _MODALITIES = ("vision", "text")
 
 
 def run_charts(run: Run) -> list[Chart]:
-    """Return the curves of a run; those without a point are left out."""
+    """Return the charts of a run, without empty ones."""
     phases = _phases(run.rows)
     trained, searched = _trained(run), [row for row in _trained(run) if row["phase"] == "search" and "ratio" in row]
     loss = Line("loss", "faint", _points(trained, "loss"))
     charts = [
         chart(_metric_title(run), _metric_lines(run), phases),
-        chart("Kept while searching (%)", _kept_lines(searched), _phases(searched), from_zero=True),
+        chart("Kept during the search (%)", _kept_lines(searched), _phases(searched), from_zero=True),
         chart("Training loss", with_mean(loss, "ink"), phases, cut=True),
         chart("Learning rate", [Line("learning rate", "ink", _points(trained, "lr"))], phases, from_zero=True),
     ]
@@ -31,11 +31,11 @@ def run_charts(run: Run) -> list[Chart]:
 
 
 def comparison_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
-    """Return the curves of several runs in the same plots, and what accuracy each model has for its size.
+    """Return the charts of several runs, and charts of metric over size.
 
     Args:
         runs: the runs.
-        names: what the legend calls them.
+        names: for the legend.
     """
     styles = [f"run{place % _RUN_STYLES}" for place in range(len(runs))]
     named = list(zip(names, styles, runs, strict=True))
@@ -52,15 +52,15 @@ def comparison_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     ]
     charts = [
         *(_sizes(named, column, title) for column, title in (("parameters", "parameters (M)"), ("gmacs", "GMACs"))),
-        chart(f"{metric} on the way (%)", evaluated),
+        chart(f"{metric} during training (%)", evaluated),
         chart("Training loss, running mean", losses, cut=True),
-        chart("Kept while searching (%)", kept, from_zero=True),
+        chart("Kept during the search (%)", kept, from_zero=True),
     ]
     return [each for each in charts if each is not None]
 
 
 def _sizes(named: Sequence[tuple[str, str, Run]], column: str, title: str) -> Chart | None:
-    """Return a plot of every model's metric over its size, of the last split that all runs have."""
+    """Return a chart of every model's metric over its size, on the last split that all runs have."""
     finished = [(name, style, run.results) for name, style, run in named if run.results is not None]
     shared = [
         (split, metric)
@@ -106,7 +106,7 @@ def _metric_lines(run: Run) -> list[Line]:
 
 
 def _metrics(run: Run) -> list[str]:
-    """Return the metrics of the evaluations on the way, those that the table shows first."""
+    """Return the metrics of evaluations during training: those in the results table, or the first one."""
     found = dict.fromkeys(name for row in run.rows if "split" in row for name in row if name not in _ABOUT)
     found |= dict.fromkeys(name for row in run.rows for name in row.get("average", {}))
     shown = run.results.shown if run.results is not None else ()
@@ -116,7 +116,7 @@ def _metrics(run: Run) -> list[str]:
 
 
 def _dense(results: Results | None, run: Run, metric: str) -> float | None:
-    """Return the dense model's value on the split of the evaluations on the way, in a run that compressed one."""
+    """Return the dense model's metric on the split evaluated during training; None for a dense run."""
     if results is None or len(results.models) < 2:
         return None
     splits = [str(row["split"]) for row in run.rows if "split" in row]
@@ -132,8 +132,8 @@ def _trained(run: Run) -> list[Mapping[str, Any]]:
 
 
 def _kept_lines(searched: Sequence[Mapping[str, Any]]) -> list[Line]:
-    asked = [(float(row["step"]), 100 * (1 - float(row["ratio"]))) for row in searched]
-    lines = [Line("asked of all together", "ink baseline", asked)]
+    target = [(float(row["step"]), 100 * (1 - float(row["ratio"]))) for row in searched]
+    lines = [Line("target for all groups", "ink baseline", target)]
     for modality, points in _kept(searched).items():
         style = modality if modality in _MODALITIES else "other"
         lines.append(Line(modality, style, points, label=True))

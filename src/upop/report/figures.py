@@ -1,6 +1,6 @@
-"""The images of a run: what every layer keeps, and how search and retraining went.
+"""Figures of a run: the channels that every layer keeps, and the course of search and retraining.
 
-They are plain matplotlib figures, made without pyplot, so no window, backend or global state is touched.
+They are matplotlib figures made without pyplot, so no window, backend or global state is involved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Metrics = Sequence[Mapping[str, Any]]
 P = ParamSpec("P")
 
 DPI = 150
-# Okabe and Ito's colours, told apart with every kind of colour blindness.
+# Okabe and Ito's palette, which is safe for colour blindness.
 _COLOURS = {"vision": "#0072B2", "text": "#D55E00"}
 _OTHER = "#009E73"
 _INK, _FAINT, _TRACK = "#222222", "#8a8a8a", "#ececec"
@@ -34,7 +34,7 @@ _PHASES = {"search": "#f3efe2", "retrain": "#e6eff5", "train": "#f0f0f0"}
 
 
 def _literally(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Have a figure show the letters of names as they are: $ begins no formula, which may be none and then fails."""
+    """Draw a figure without math text: $ in a name would start a formula, and an invalid one raises an error."""
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -49,11 +49,11 @@ def save_figure(figure: Figure, path: Path, *, overwrite: bool = False) -> None:
 
     Args:
         figure: the figure.
-        path: of the file; an older figure that was written so is replaced.
-        overwrite: whether any other file is, too.
+        path: of the file; a figure that upop wrote there is replaced.
+        overwrite: whether to replace any other file, too.
 
     Raises:
-        RunFolderError: there is another file of that name, or it cannot be written.
+        RunFolderError: upop did not write the file that is there, or it cannot be written.
     """
     with replacing_file(path, overwrite or wrote_image) as part:
         figure.savefig(part, format="png", dpi=DPI, facecolor="white", metadata={"Software": SOFTWARE})
@@ -64,8 +64,8 @@ def kept_share_figure(shares: Iterable[GroupShare], title: str = "What every lay
     """Draw the share of channels kept: a block per modality, a row per structure, layers along x.
 
     Args:
-        shares: one sample per group, from `GroupShare.of(groups, plan)`.
-        title: the figure's heading.
+        shares: one per group, from `GroupShare.of(groups, plan)`.
+        title: of the figure.
 
     Raises:
         SettingError: there is no group to draw.
@@ -92,11 +92,11 @@ def history_figure(
     """Draw the evaluation metric, the masked share and the training loss over a run's steps.
 
     Args:
-        metrics: the rows of metrics.jsonl: training rows carry "loss" (while searching "ratio" and "kept"
-            too), evaluation rows carry `metric`; all carry "phase" and "step", which counts on over the phases.
+        metrics: the rows of metrics.jsonl. Training rows have "loss" (during the search also "ratio" and "kept"),
+            evaluation rows have `metric`; all have "phase" and "step", which counts over all phases.
         metric: name of the evaluation metric, in percent.
-        dense: the dense model's value of it, drawn as a dashed line.
-        title: the figure's heading.
+        dense: the dense model's metric, drawn as a dashed line.
+        title: of the figure.
 
     Raises:
         SettingError: there is no row to draw.
@@ -163,7 +163,7 @@ def _share_panel(axes: Axes, panel: Panel, layers: int, colour: str) -> None:
     axes.set(xlim=(0.4, layers + 0.6), ylim=(0, 100), xticks=list(positions), yticks=[0, 50, 100])
     axes.set_ylabel("kept (%)", fontsize=8, color=_INK)
     _quiet(axes)
-    # A tower with fewer layers than another one ends where its bars end.
+    # The axis of a tower with fewer layers ends at its last bar.
     axes.spines["bottom"].set_bounds(0.4, len(values) + 0.6)
 
 
@@ -188,8 +188,8 @@ def _metric_panel(axes: Axes, rows: Metrics, metric: str, dense: float | None) -
 
 
 def _ratio_panel(axes: Axes, rows: Metrics) -> None:
-    steps, asked = [row["step"] for row in rows], [100 * row["ratio"] for row in rows]
-    axes.plot(steps, asked, color=_INK, linewidth=2, label="asked of all together")
+    steps, target = [row["step"] for row in rows], [100 * row["ratio"] for row in rows]
+    axes.plot(steps, target, color=_INK, linewidth=2, label="target for all groups")
     for modality in dict.fromkeys(name for row in rows for name in row.get("kept", {})):
         mine = [row for row in rows if modality in row.get("kept", {})]
         steps, masked = [row["step"] for row in mine], [100 * (1 - row["kept"][modality]) for row in mine]

@@ -1,4 +1,4 @@
-"""What a model is made of, by modality: groups, parameters and multiply-adds; and what a budget would make of it."""
+"""Inspection of a model by modality: groups, parameters and multiply-adds, before and after a budget."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from upop.pruning.traits import momentum_prefixes
 from upop.report.shares import GroupShare, Panel, panels
 
 SHARED = "shared"
-"""The modality of what belongs to several: heads, projections into a common space, temperatures."""
+"""The modality of modules that belong to several: heads, projections to a common space, temperatures."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What belongs to one modality.
+    """The sizes of one modality.
 
     Attributes:
         modality: "vision", "text", "other", or `SHARED`.
-        parameters: how many; shared tensors are counted once, momentum copies not at all.
-        prunable: those of them that go with the groups' channels.
-        macs: multiply-adds of one forward pass; None where none was run.
+        parameters: their number; shared tensors count once, momentum encoders not at all.
+        prunable: parameters that the channels of groups own.
+        macs: multiply-adds of one forward pass; None without inputs.
     """
 
     modality: str
@@ -44,14 +44,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_model` found.
+    """The result of `inspect_model`.
 
     Attributes:
-        panels: the groups, by structure, with what they keep of the dense model's channels.
+        panels: the groups, by structure, with the channels that they keep of the dense model's.
         parts: one per modality.
-        skipped: what looks prunable and is left alone, and why.
-        unit_parameters: parameters that go with the channels of each group.
-        coverage: what is in groups, left alone, and outside.
+        skipped: structures that look prunable but are in no group, with reasons.
+        group_parameters: group -> parameters that its channels own.
+        coverage: shares of the model that are in groups, skipped, or neither.
     """
 
     panels: tuple[Panel, ...]
@@ -62,26 +62,24 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, without momentum copies."""
+        """Parameters of the whole model, without momentum encoders."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def macs(self) -> int | None:
-        """Of one forward pass of the whole model; None where none was run."""
+        """Multiply-adds of one forward pass of the whole model; None without inputs."""
         counts = [part.macs for part in self.parts]
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
 def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int] | None = None) -> Inspection:
-    """Look at a model, dense or compressed, without changing it.
+    """Inspect a model, dense or compressed, without changing it.
 
     Args:
         model: the model.
         inputs: for one forward pass that counts multiply-adds (a tensor, a tuple of arguments, a mapping of keyword
-            arguments, or a function of the model); None counts none.
-        dense: group -> channels of the dense model, where the model is compressed and this is known.
-
-    What the model raises for inputs that it cannot take is passed on.
+            arguments, or a function of the model); None skips it. Errors that the model raises are passed on.
+        dense: group -> channels of the dense model, if the model is compressed and they are known.
     """
     found = find_prunable(model)
     where = _Modalities(found.groups)
@@ -91,7 +89,7 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
         if not name.startswith(copies):
             modality = where.of(name)
             parameters[modality] = parameters.get(modality, 0) + parameter.numel()
-    left = [group for group in found.groups if group.size]  # nothing may be left of a branch
+    left = [group for group in found.groups if group.size]  # a branch may be pruned entirely
     costs = channel_costs(model, left, "params") if left else {}
     by_group = {group.name: round(costs.get(group.name, 0) * group.size) for group in found.groups}
     own = macs_by_module(model, inputs) if inputs is not None else None
@@ -118,7 +116,7 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
 
 
 def _prunable(model: nn.Module, groups: Sequence[Group]) -> int:
-    """Return how many parameters go with the channels of some groups: a weight between two of them is counted once."""
+    """Return how many parameters the channels of some groups own; a weight between two groups counts once."""
     cut: dict[str, dict[int, Tensor]] = {}
     for group in groups:
         for part in group.slices:
@@ -138,16 +136,16 @@ def _prunable(model: nn.Module, groups: Sequence[Group]) -> int:
 def after_budget(
     model: nn.Module, goal: Goal, round_to: RoundTo | str = 1, example: Any = None
 ) -> tuple[nn.Module, Plan]:
-    """Return a copy of a model in which every group has lost the same share of its channels, and the plan of that.
+    """Return a copy of a model with the same share of every group's channels removed, and its plan.
 
-    A search spends the same budget unevenly. How many parameters are left does not depend on that (but for rounding),
-    how many multiply-adds are left does a little.
+    A search distributes the same budget unevenly. That hardly changes the number of parameters left, and changes the
+    multiply-adds a little.
 
     Args:
-        model: the model; it is left alone.
-        goal: the share of the groups' cost to remove, or what is to be left of the whole model.
-        round_to: kept channels are multiples of this, where groups are that large.
-        example: inputs of the forward pass that a goal counts.
+        model: unchanged.
+        goal: the share of the groups' cost to remove, or a target for the whole model.
+        round_to: kept channels are multiples of this, in groups that are large enough.
+        example: inputs of the forward pass for the target.
 
     Raises:
         SettingError: `round_to` is out of range, or the goal cannot be reached.
@@ -160,8 +158,8 @@ def after_budget(
         goal.begin(smaller, groups, channel_costs(smaller, groups, "params"), round_to, example)
         ratio = goal.share(lambda share: {group.name: _kept(group, share, round_to) for group in groups})
     kept = {group.name: range(_kept(group, ratio, round_to)) for group in groups}
-    described = goal.described({name: len(channels) for name, channels in kept.items()})
-    plan = Plan.of(groups, kept, **described, round_to=round_to)
+    about = goal.described({name: len(channels) for name, channels in kept.items()})
+    plan = Plan.of(groups, kept, **about, round_to=round_to)
     if groups:
         apply_plan(smaller, plan, verify=False)
     return smaller, plan
@@ -174,7 +172,7 @@ def _kept(group: Group, ratio: float, round_to: RoundTo) -> int:
 
 
 class _Modalities:
-    """Tells the modality of a module or parameter by the groups that it shares the longest path with."""
+    """The modality of a module or parameter: that of the groups with the longest common path."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self._known: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""How long a forward pass takes, with all models measured side by side."""
+"""Latency of forward passes, with all models measured alternately."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def measure_latency(
 ) -> dict[str, float]:
     """Return the (median) milliseconds of one forward pass per model, in evaluation mode without gradients.
 
-    The models take turns (A B A B ...), so that a drift of the machine (heat, neighbours) hits all alike.
+    The models alternate (A B A B ...), so that a drift of the machine (heat, other processes) affects all equally.
 
     Args:
         models: name -> model, all on one device.
-        inputs: what every model is run on, as `upop.pruning.costs.call` takes it, on the models' device.
+        inputs: of every model, on its device, in a form that `upop.pruning.costs.call` takes.
         repeats: timed passes per model.
-        warmup: passes per model before those, not timed.
-        clock: seconds; `time.process_time` leaves out what other programs take of a busy CPU, and counts all threads.
-        summary: of the passes of a model; the least one is what a machine disturbs the least.
+        warmup: untimed passes per model before those.
+        clock: returns seconds; `time.process_time` excludes other programs on a busy CPU, and counts all threads.
+        summary: of a model's passes; the minimum is least affected by other programs.
 
     Raises:
         SettingError: there is no model, or `repeats` or `warmup` is out of range.
@@ -60,7 +60,7 @@ def measure_latency(
 def _milliseconds(model: nn.Module, inputs: Any, clock: Clock) -> float:
     on_cuda = any(parameter.is_cuda for parameter in model.parameters())
     if on_cuda:
-        torch.cuda.synchronize()  # earlier work must not be counted here
+        torch.cuda.synchronize()  # finish earlier work first
     start = clock()
     call(model, inputs)
     if on_cuda:

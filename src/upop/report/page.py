@@ -1,6 +1,6 @@
-"""A run, or several side by side, as one HTML file that needs nothing else: no network, no script.
+"""The report of a run, or of several side by side, as one self-contained HTML file without scripts.
 
-The page's own policy (Content-Security-Policy) has browsers refuse to fetch anything.
+Its Content-Security-Policy makes browsers refuse to load anything else.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from upop.report.shares import GroupShare, Panel, kept_share, panels
 
 _STYLES = ("vision", "text")
 _FORMATS = ("PNG", "JPEG")
-_LARGEST_IMAGE = 2**23  # bytes; a run's own are small
+_LARGEST_IMAGE = 2**23  # bytes; images of runs are smaller
 _SIZES = {PARAMETERS: ("parameters", " M"), GMACS: ("multiply-adds", " G"), LATENCY: ("latency", " ms")}
-"""Column -> what a tile calls it, and the group."""
-_BRIGHT, _DEEP = 55, 76  # percent from which letters turn dark on bright cells, and light on deep ones
+"""Column -> label of its tile, and unit."""
+_BRIGHT, _DEEP = 55, 76  # percent from which text turns dark in the dark theme, and light in the light one
 _TIMES = "\N{MULTIPLICATION SIGN}"
-_WITHOUT = frozenset({"output_dir", "command"})  # differ always, or are shown by themselves
+_WITHOUT = frozenset({"output_dir", "command"})  # these always differ, or have a section of their own
 _ON_TOP = frozenset({"task", "verb", "command"})
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the numbers on top: what it is, the number, and what it is made of."""
+    """A number at the top of the page: label, value, and an explanation."""
 
     label: str
     value: str
@@ -53,7 +53,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A model in the table of results: its run (of several), its name, and a cell per column."""
+    """A model in the results table: its run (if there are several), its name, and a cell per column."""
 
     run: str
     name: str
@@ -62,7 +62,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Block:
-    """What the layers of one modality keep."""
+    """The kept channels of the layers of one modality."""
 
     modality: str
     style: str
@@ -74,7 +74,7 @@ class Block:
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image in the page."""
+    """An image as a data URI, with its alternative text."""
 
     uri: str
     width: int
@@ -84,7 +84,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Shown:
-    """A part of an example: what is true, or what a model answers."""
+    """The ground truth of an example, or a model's answer."""
 
     label: str
     images: tuple[EmbeddedImage, ...]
@@ -95,7 +95,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """One example: what was asked, and the answers."""
+    """An example: the inputs, and the answers."""
 
     prompt: str | None
     images: tuple[EmbeddedImage, ...]
@@ -103,7 +103,7 @@ class ShownExample:
 
     @property
     def panels(self) -> bool:
-        """Whether it is images side by side: every answer is one image of the same scene."""
+        """Whether to show images side by side: every answer is one image."""
         return bool(self.images) and all(len(answer.images) == 1 for answer in self.answers)
 
 
@@ -111,7 +111,7 @@ def write_run_page(run: Run, to: Path, *, overwrite: bool = False) -> None:
     """Write the page of a run; an older page is replaced, and with `overwrite` any file.
 
     Raises:
-        RunFolderError: there is another file of that name, or it cannot be written.
+        RunFolderError: upop did not write the file that is there, or it cannot be written.
     """
     write_text(to, run_page(run), overwrite or wrote_page)
 
@@ -120,8 +120,8 @@ def write_comparison_page(runs: Sequence[Run], to: Path, *, overwrite: bool = Fa
     """Write the page of several runs side by side; an older page is replaced, and with `overwrite` any file.
 
     Raises:
-        SettingError: there are fewer than two.
-        RunFolderError: there is another file of that name, or it cannot be written.
+        SettingError: there are fewer than two runs.
+        RunFolderError: upop did not write the file that is there, or it cannot be written.
     """
     write_text(to, comparison_page(runs), overwrite or wrote_page)
 
@@ -149,7 +149,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     """Return the page of several runs side by side, as HTML.
 
     Raises:
-        SettingError: there are fewer than two.
+        SettingError: there are fewer than two runs.
     """
     if len(runs) < 2:
         raise SettingError(f"A comparison needs at least two runs; found {len(runs)}.")
@@ -175,7 +175,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:
-    """Return a name for every run: its folder's; where these repeat, with as many folders above as tell them apart."""
+    """Return a unique name for every run: its folder's, with as many parent folders as needed."""
     paths = [run.path.resolve().parts for run in runs]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-depth:]) for parts in paths]
@@ -185,7 +185,7 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
 
 
 def ink(share: float) -> str:
-    """Return the classes of a cell that shows a share in its colour: whether its letters turn, in either theme."""
+    """Return the style classes of a cell whose colour shows a share: they invert its text in one theme or both."""
     percent = round(100 * share)
     return " ".join(name for name, least in (("bright", _BRIGHT), ("deep", _DEEP)) if percent >= least)
 
@@ -205,18 +205,18 @@ def _render(template: str, **content: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return what a template shows without what browsers take for more than letters; numbers and markup stay."""
+    """Return a string without control characters, for the template; other values are unchanged."""
     return plain(value) if isinstance(value, Path) or type(value) is str else value
 
 
 def _tiles(results: Results) -> list[Tile]:
-    """Return the numbers on top: of the last model beside the dense one, or of the only one."""
+    """Return the tiles: the last model's numbers, compared with the dense model's if there are two."""
     table = table_cells(results)
     cells, before = table[results.models[-1].name], table[results.baseline]
     tiles = []
     deciding = tuple(f" {metric} (%)" for metric in results.shown[:1])
     tested = [name for name, cell in cells.items() if name.endswith(deciding) and cell.value is not None]
-    if tested:  # of the last split, which is the test split where there is one
+    if tested:  # the last split is the test split, if there is one
         cell = cells[tested[-1]]
         change = "no change" if cell.better is None else f"{cell.gain} points"
         about = f"dense {before[tested[-1]].text}, {change}" if cell.gain else ""
@@ -236,8 +236,7 @@ def _tiles(results: Results) -> list[Tile]:
 def _table(runs: Sequence[Run], names: Sequence[str] = ("",)) -> tuple[list[str], list[TableRow]]:
     """Return the columns of all runs' results, and a row per model.
 
-    A dense model that several runs share comes once, where they also timed it alike: each run's models are compared
-    with what it measured itself.
+    Runs with the same dense model and the same measurements of it share its row.
     """
     named = zip(names, runs, strict=True)
     tables = [(name, run.results, table_cells(run.results)) for name, run in named if run.results is not None]
@@ -260,7 +259,7 @@ def _table(runs: Sequence[Run], names: Sequence[str] = ("",)) -> tuple[list[str]
 
 
 def _about(results: Sequence[Results | None], names: Sequence[str]) -> list[str]:
-    """Return how it was measured, in sentences, each once, and of which runs where not all were measured so."""
+    """Return sentences about the measurements, each once, with names of runs unless it holds for all."""
     of: dict[str, list[str]] = {}
     for name, each in zip(names, results, strict=True):
         if each is not None:
@@ -284,27 +283,27 @@ def _blocks(shares: Sequence[GroupShare]) -> list[Block]:
 
 
 def _examples(runs: Sequence[Run]) -> list[tuple[str, list[ShownExample]]]:
-    """Return what the examples are and the examples; runs that show the same samples share them."""
+    """Return sections of examples: a sentence about them, and the examples. Runs with the same samples share one."""
     merged: dict[tuple[str, tuple[Any, ...]], list[tuple[Run, Sequence[Example]]]] = {}
     for run in runs:
         if run.examples is not None and run.examples.samples:
-            asked = tuple((each.prompt, each.images, each.truth) for each in run.examples.samples)
-            merged.setdefault((run.examples.about, asked), []).append((run, run.examples.samples))
+            inputs = tuple((each.prompt, each.images, each.truth) for each in run.examples.samples)
+            merged.setdefault((run.examples.about, inputs), []).append((run, run.examples.samples))
     return [
-        (about, [_shown([(run, samples[place]) for run, samples in found]) for place in range(len(asked))])
-        for (about, asked), found in merged.items()
+        (about, [_shown([(run, samples[place]) for run, samples in found]) for place in range(len(inputs))])
+        for (about, inputs), found in merged.items()
     ]
 
 
 def _shown(found: Sequence[tuple[Run, Example]]) -> ShownExample:
     first_run, first = found[0]
     folder = first_run.examples_folder
-    images = tuple(_image(folder / name, "what the models were shown") for name in first.images)
+    images = tuple(_image(folder / name, "input") for name in first.images)
     answers = [_answer("truth", first.truth, folder)] if first.truth is not None else []
     known: dict[str, Answer] = {}
     for run, example in found:
         for model, answer in example.answers.items():
-            # The dense model of several runs is one; another model of the same name is told apart by its run.
+            # Runs share the dense model; other models of the same name get the name of their run.
             if known.get(model) == answer:
                 continue
             label = model if model not in known else f"{model} ({run.name})"
@@ -314,7 +313,7 @@ def _shown(found: Sequence[tuple[Run, Example]]) -> ShownExample:
 
 
 def _answer(label: str, answer: Answer, folder: Path) -> Shown:
-    about = "what is true" if label == "truth" else f"found by {label}"
+    about = "ground truth" if label == "truth" else f"answer of {label}"
     images = tuple(_image(folder / name, about) for name in answer.images)
     return Shown(label, images, answer.text, answer.note, answer.right)
 
@@ -322,12 +321,12 @@ def _answer(label: str, answer: Answer, folder: Path) -> Shown:
 def _image(path: Path, about: str) -> EmbeddedImage:
     try:
         if path.is_symlink():
-            raise ValueError("a link may lead to an image of somebody else")
+            raise ValueError("a link may lead out of the run's folder")
         content = read_bytes(path, _LARGEST_IMAGE)
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             kind, (width, height) = str(image.format), image.size
-    except Exception:  # what decoders raise is anything; a page with a gap is better than none
-        return EmbeddedImage("", 0, 0, f"{path.name} is missing or no image")
+    except Exception:  # decoders raise errors of any type; the page shows a gap
+        return EmbeddedImage("", 0, 0, f"{path.name} is missing or not an image")
     encoded = base64.b64encode(content).decode()
     return EmbeddedImage(f"data:image/{kind.lower()};base64,{encoded}", width, height, about)
 
@@ -346,7 +345,7 @@ def _value(value: Any) -> str:
 
 
 def _differing(mappings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Return the names whose values differ, with the value of each; "-" where one has none."""
+    """Return the names whose values differ, with all values; "-" for a missing one."""
     found = []
     for name in dict.fromkeys(name for mapping in mappings for name in mapping):
         values = [_value(mapping[name]) if name in mapping else "-" for mapping in mappings]
@@ -357,5 +356,5 @@ def _differing(mappings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[st
 
 def _environment(run: Run) -> dict[str, Any]:
     machine = dict(run.results.machine) if run.results is not None else {}
-    described = {"task": run.task, "verb": run.verb, "command": run.command, "python": run.python}
-    return {**described, **run.libraries, **machine}
+    about = {"task": run.task, "verb": run.verb, "command": run.command, "python": run.python}
+    return {**about, **run.libraries, **machine}

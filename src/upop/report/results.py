@@ -1,4 +1,4 @@
-"""What a run measured: one row per model, kept as JSON, shown as a table beside the dense model."""
+"""Results of a run: one row per model, as JSON, and as a table with comparisons to the dense model."""
 
 from __future__ import annotations
 
@@ -17,62 +17,61 @@ from upop.report.terminal import FittingTable
 from upop.values import problems
 
 NO_PERCENT = frozenset({"loss", "perplexity"})
-"""Metrics that are no percentages."""
-_LEAST, _MOST = 1e-15, 1e15  # of numbers that are divided by each other
+"""Metrics that are not percentages."""
+_LEAST, _MOST = 1e-15, 1e15  # bounds of numbers in ratios
 
 
 class ModelResult(BaseModel):
-    """What was measured of one model."""
+    """The measurements of one model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(description='what the table calls it: "dense", "UPop 2x", "magnitude 2x"')
+    name: str = Field(description='name in the table: "dense", "UPop 2x", "magnitude 2x"')
     metrics: Mapping[str, Mapping[str, float]] = Field(description="split -> metric -> value, in percent")
     parameters: int = Field(gt=0, le=2**53)
     gmacs: float = Field(ge=_LEAST, le=_MOST, description="10^9 multiply-adds of one forward pass")
-    published_parameters: int | None = Field(
-        None, gt=0, le=2**53, description="counted as published, where that differs"
-    )
+    published_parameters: int | None = Field(None, gt=0, le=2**53, description="counted as published, if that differs")
     published_gmacs: float | None = Field(None, ge=_LEAST, le=_MOST)
     latency_ms: float | None = Field(
-        None, ge=_LEAST, le=_MOST, description="median of one forward pass; None where not measured"
+        None, ge=_LEAST, le=_MOST, description="median of one forward pass; None if not measured"
     )
 
 
 class Results(BaseModel):
-    """What was measured in one run, all models under the same conditions."""
+    """The results of one run, with all models measured under the same conditions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     models: tuple[ModelResult, ...] = Field(min_length=1)
-    shown: tuple[str, ...] = Field(default=("accuracy",), description="the metrics that the table shows")
-    baseline: str = Field(default="dense", description="the model that the others are compared with")
-    batch_size: int = Field(default=1, gt=0, description="samples in the batch of the latency measurement")
+    shown: tuple[str, ...] = Field(default=("accuracy",), description="the metrics in the table")
+    baseline: str = Field(default="dense", description="the model to compare the others with")
+    batch_size: int = Field(default=1, gt=0, description="batch size of the latency measurement")
     machine: Mapping[str, str | int] = Field(default_factory=dict, description="from `machine()`")
     left_out: Mapping[str, tuple[int, int]] = Field(
         default_factory=dict,
-        description="split -> how many samples count in no score, since their images cannot be read, and of how many",
+        description="split -> number of samples left out because of unreadable images, and number of all samples",
     )
 
     @model_validator(mode="after")
     def _check_names(self) -> Results:
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
-            raise ValueError(f"every model needs a name of its own; found {names}")
+            raise ValueError(f"names of models must be unique; found {names}")
         if self.baseline not in names:
-            raise ValueError(f"the baseline {self.baseline!r} is none of the models{nearest(self.baseline, names)}")
+            raise ValueError(f"no model has the name of the baseline, {self.baseline!r}{nearest(self.baseline, names)}")
         return self
 
     @property
     def dense(self) -> ModelResult:
-        """The model that the others are compared with."""
+        """The baseline: the model that the others are compared with."""
         return next(model for model in self.models if model.name == self.baseline)
 
     def compared(self, name: str) -> dict[str, float]:
-        """Return what a model gained and lost beside the dense one.
+        """Compare a model with the dense one.
 
-        Keys: "smaller", "fewer_macs" and, where both were timed, "faster" (factors: 2 is half the size, work
-        or time); "<split> <metric> points" (difference in percentage points) for the splits and metrics of both.
+        Returns:
+            "smaller", "fewer_macs" and, if both were timed, "faster": factors, 2 meaning half the size, work or time.
+            "<split> <metric> points": differences in percentage points.
 
         Raises:
             KeyError: there is no model of that name.
@@ -93,7 +92,7 @@ class Results(BaseModel):
         }
 
     def content(self) -> dict[str, Any]:
-        """Return the results and the comparison with the dense model, in the form of JSON."""
+        """Return the results and the comparison with the dense model, as JSON values."""
         content = self.model_dump(mode="json")
         for model in content["models"]:
             model["compared"] = self.compared(model["name"])
@@ -104,17 +103,17 @@ class Results(BaseModel):
 
         Args:
             path: of the file.
-            overwrite: whether a file that holds no results may be replaced too.
+            overwrite: whether to replace a file that holds no results.
 
         Raises:
-            RunFolderError: there is another file of that name, or it cannot be written.
+            RunFolderError: the file that is there holds no results, or it cannot be written.
         """
         with replacing_file(path, overwrite or _holds_results) as part:
             part.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read what `write_json` wrote.
+        """Read a file of `write_json`.
 
         Raises:
             DataError: the file cannot be read, or does not hold results.
@@ -123,12 +122,14 @@ class Results(BaseModel):
         models = content.get("models")
         for model in models if isinstance(models, list) else ():
             if isinstance(model, dict):
-                model.pop("compared", None)  # follows from the rest
+                model.pop("compared", None)  # computed again
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            described = f"{path}: expected results as Results.write_json writes them; {problems(error)[0]}."
-            raise DataError(described) from error
+            raise DataError(
+                f"{path} does not hold results as Results.write_json writes them: {problems(error)[0]}. Restore it, or "
+                "evaluate again."
+            ) from error
 
 
 def _holds_results(path: Path) -> bool:
@@ -141,13 +142,13 @@ def _holds_results(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table of results.
+    """A number in the results table.
 
     Attributes:
-        value: as measured; None where it was not.
+        value: as measured; None if it was not.
         text: as shown.
-        gain: beside the dense model: "-1.8", "1.73x smaller", "1.10x slower"; empty for the dense model itself.
-        better: whether that is a gain or a loss; None where there is neither.
+        gain: comparison with the dense model: "-1.8", "1.73x smaller", "1.10x slower"; empty for the dense model.
+        better: whether it is a gain or a loss; None if neither.
     """
 
     value: float | None
@@ -157,14 +158,14 @@ class Cell:
 
 
 _WORDS = {"smaller": "larger", "fewer": "more", "faster": "slower"}
-"""What a gain is called -> what it is called where it is a loss."""
+"""Word for a gain -> word for a loss."""
 
 
 def times(factor: float, word: str) -> str:
-    """Return a factor by what it is: 1.6 "faster" is "1.60x faster", 0.8 is "1.25x slower", 1 is "1.00x".
+    """Return a factor in words: 1.6 and "faster" give "1.60x faster", 0.8 gives "1.25x slower", 1 gives "1.00x".
 
     Args:
-        factor: above 1 where the word is true.
+        factor: above 1 if the word applies.
         word: "smaller", "fewer" or "faster".
     """
     same = "1.00x"
@@ -174,13 +175,13 @@ def times(factor: float, word: str) -> str:
 
 
 PARAMETERS, GMACS, LATENCY = "parameters (M)", "GMACs", "latency (ms)"
-"""The columns after those of the metrics."""
+"""The columns after the metrics."""
 
 
 def table_cells(results: Results) -> dict[str, dict[str, Cell]]:
-    """Return the table of results, model -> column -> cell; every model has all columns, in the same order.
+    """Return the results table, model -> column -> cell; all models have the same columns in the same order.
 
-    The columns are the shown metrics of every split, parameters, GMACs, and the latency where it was measured.
+    The columns are the shown metrics of every split, parameters, GMACs, and latency if it was measured.
     """
     metrics = [
         (split, metric)
@@ -207,8 +208,8 @@ def table_cells(results: Results) -> dict[str, dict[str, Cell]]:
 
 
 def results_table(results: Results) -> FittingTable:
-    """Return a table for the terminal: a row per model, each number beside its gain over the dense one."""
-    title = "Compressed models beside the dense one" if len(results.models) > 1 else "Results"
+    """Return a table for the terminal: a row per model, every number with its change from the dense model."""
+    title = "Compressed models and the dense one" if len(results.models) > 1 else "Results"
     cells = table_cells(results)
     rows = {
         name: {header: f"{cell.text} ({cell.gain})" if cell.gain else cell.text for header, cell in row.items()}
@@ -220,19 +221,19 @@ def results_table(results: Results) -> FittingTable:
 
 
 def left_out_note(results: Results) -> str:
-    """Return which samples the scores do not count, in words; empty where they count all."""
+    """Return a note about samples that the scores leave out; empty if they include all."""
     splits = [f"{few} of {total} {split} samples" for split, (few, total) in results.left_out.items()]
-    return f"Not scored, since their images cannot be read: {', '.join(splits)}" if splits else ""
+    return f"Not scored because of unreadable images: {', '.join(splits)}" if splits else ""
 
 
 def latency_note(results: Results) -> str:
-    """Return how the latency was measured, in words."""
+    """Return a note about the latency measurement."""
     device = results.machine.get("device", "this machine")
-    return f"Latency: median, measured side by side, batch {results.batch_size}, {device}"
+    return f"Latency: median, measured alternately, batch {results.batch_size}, {device}"
 
 
 def number(value: float) -> str:
-    """Return a number with three or four digits that count: 0.0123, 1.23, 12.3, 259.5, 1,234."""
+    """Return a number with three or four significant digits: 0.0123, 1.23, 12.3, 259.5, 1,234."""
     if value >= 999.95:
         return f"{value:,.0f}"
     if value >= 9.995:
@@ -256,5 +257,5 @@ def _factor(value: float | None, factor: float | None, word: str) -> Cell:
         return Cell(None, "-")
     if factor is None:
         return Cell(value, number(value))
-    described = times(factor, word)
-    return Cell(value, number(value), described, factor > 1 if " " in described else None)
+    gain = times(factor, word)
+    return Cell(value, number(value), gain, factor > 1 if " " in gain else None)

@@ -1,4 +1,4 @@
-"""A run folder, read for people: all that is there, and a sentence about each piece that is not."""
+"""Reads a run directory for a report: its content, and a sentence about each missing piece."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SHOWN_NAMES = 8
 
 
 class _Change(BaseModel):
-    """What was not as it was when the run began."""
+    """Inputs that had changed when the run was resumed after a step."""
 
     step: int
     changed: tuple[str, ...]
 
 
 class _Versions(BaseModel):
-    """What versions.json says."""
+    """The content of versions.json."""
 
     task: str = "unknown"
     verb: str = "unknown"
@@ -54,13 +54,13 @@ class _Group(BaseModel):
 
 
 class _Description(BaseModel):
-    """What upop.json says."""
+    """The layout in upop.json."""
 
     layout: Mapping[str, _Group] = Field(default_factory=dict)
 
 
 class _Row(BaseModel):
-    """A row of metrics.jsonl, as far as it is looked at by name; metrics have any name."""
+    """A row of metrics.jsonl: the fields with fixed names; metrics have any name."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -78,21 +78,21 @@ Content = TypeVar("Content", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.
+    """The content of a run directory.
 
     Attributes:
-        path: of the folder, as it was given.
-        task: its name; "unknown" where versions.json is missing.
+        path: of the directory, as given.
+        task: its name; "unknown" without versions.json.
         verb: "train", "compress" or "evaluate".
-        command: as it was typed.
+        command: the command line.
         python: its version.
         libraries: name -> version.
         settings: as resolved.
         rows: of metrics.jsonl.
-        results: what was measured at the end.
-        shares: what every group of the compressed model keeps.
+        results: the final results; None before the run has ended.
+        shares: the channels that every group of the compressed model keeps.
         examples: held-out samples with the models' answers.
-        missing: sentences about what is not there, or is not as it was, or lies beside.
+        missing: sentences about missing pieces, changed inputs and separate evaluations.
     """
 
     path: Path
@@ -110,28 +110,28 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the run is called beside others: its folder."""
+        """The name of the run: that of its directory."""
         return self.path.name or str(self.path)
 
     @property
     def examples_folder(self) -> Path:
-        """Where the images of the examples lie."""
+        """The folder of the examples' images."""
         return self.path / "examples"
 
     @property
     def model(self) -> str:
-        """The name of the model that the run is about: its last one; "" as long as there are no results."""
+        """The name of the run's model, the last in its results; "" without results."""
         return self.results.models[-1].name if self.results is not None else ""
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, whole, unfinished, or with pieces missing.
+    """Read a run directory, which may be unfinished or incomplete.
 
     Raises:
-        DataError: it is no run folder, or a file in it is damaged.
+        DataError: it is not a run directory, or a file in it is damaged.
     """
     if not any((path / name).is_file() for name in (_SETTINGS, _VERSIONS)):
-        raise DataError(f"{path} is no run folder{_instead(path)}")
+        raise DataError(f"{path} is not a run directory{_instead(path)}")
     missing: list[str] = []
     versions = _read(path / _VERSIONS, _Versions)
     settings = _settings(path / _SETTINGS, missing)
@@ -142,26 +142,24 @@ def read_run(path: Path) -> Run:
     rows = _rows(path / _METRICS, missing)
     results = Results.read(path / _RESULTS) if (path / _RESULTS).is_file() else None
     if results is None:
-        again = " The command that it was started with goes on with it, with --resume." if _resumable(path) else ""
-        missing.append(
-            f"The run has not ended: {_RESULTS}, which its end writes, is not there yet.{_stand(rows)}{again}"
-        )
+        again = " The command that started it resumes it with --resume." if _resumable(path) else ""
+        missing.append(f"The run has not ended: there is no {_RESULTS} yet.{_last_row(rows)}{again}")
     if not rows and versions.verb != "evaluate":
-        missing.append(f"{_METRICS} holds no step yet, so there are no curves.")
+        missing.append(f"{_METRICS} has no steps yet, so there are no curves.")
     shares = _shares(path, versions.verb, str(settings.get("pretrained") or ""))
     if versions.verb == "compress" and not shares:
         missing.append(
-            "What every layer keeps is not known yet: no compressed model is in best/ or last/. It is there after the "
-            "search."
+            "The kept channels are not known yet: there is no compressed model in best/ or last/ before the search has "
+            "ended."
         )
     examples = Examples.read(path / "examples") if (path / "examples" / EXAMPLES).is_file() else None
     if examples is None and results is not None:
-        missing.append("There are no examples: the run was told to keep none, or was made by an earlier upop.")
+        missing.append("There are no examples: the settings turn them off, or an earlier version of upop made the run.")
     missing += [
-        f"After step {change.step:,} the run went on though not all was as it had been: {'; '.join(change.changed)}."
+        f"The run was resumed after step {change.step:,} with changed inputs: {'; '.join(change.changed)}."
         for change in versions.changes
     ]
-    missing += [f"An evaluation lies beside: {found}." for found in sorted((path / "evaluations").glob("*.json"))]
+    missing += [f"There is a separate evaluation: {found}." for found in sorted((path / "evaluations").glob("*.json"))]
     return Run(
         path=path,
         **{name: value for name, value in vars(versions).items() if name != "changes"},
@@ -175,12 +173,12 @@ def read_run(path: Path) -> Run:
 
 
 def _instead(path: Path) -> str:
-    """Return what is there in the place of a run, and what to do."""
-    wanted = f"A run keeps {_SETTINGS} and {_VERSIONS} in its output_dir: give that folder."
+    """Return what the path holds instead of a run, and what to do."""
+    wanted = f"A run writes {_SETTINGS} and {_VERSIONS} to its output_dir: give that folder."
     if not path.exists():
         parent = path.parent
         near = nearest(path.name, [other.name for other in parent.iterdir()]) if parent.is_dir() else ""
-        return f": nothing is there{near}. {wanted}"
+        return f": it does not exist{near}. {wanted}"
     if not path.is_dir():
         return f": it is a file. {wanted}"
     names = sorted(found.name for found in path.iterdir())
@@ -189,14 +187,14 @@ def _instead(path: Path) -> str:
         runs = ", ".join(str(path / name) for name in inside[:_SHOWN_NAMES])
         return f", but it holds runs: {runs}. Give one of them, or several with --compare."
     if (path.parent / _VERSIONS).is_file():
-        return f", but a part of the run {path.parent}. Give that folder."
+        return f", but part of the run {path.parent}. Give that folder."
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     found = f"it holds {', '.join(names[:_SHOWN_NAMES])}{more}" if names else "it is empty"
     return f": {found}. {wanted}"
 
 
 def _settings(path: Path, missing: list[str]) -> dict[str, Any]:
-    """Return the settings, which are shown and decide nothing here: a page does without those that cannot be read."""
+    """Return the settings; if they cannot be read, the page goes without, because it only shows them."""
     if not is_file(path):
         return {}
     try:
@@ -218,7 +216,7 @@ def _read(path: Path, kind: type[Content]) -> Content:
 
 
 def _rows(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
-    """Return the rows that can be read: of a run that is going on, the last one may be half written."""
+    """Return the readable rows; the last one of a running run may be incomplete."""
     if not is_file(path):
         return ()
     rows, bad = [], 0
@@ -229,14 +227,14 @@ def _rows(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
     for row in read:
         if isinstance(row, ValueError):
             bad += 1
-        elif isinstance(row, dict) and {"phase", "step"} <= set(row):  # others are about other things
+        elif isinstance(row, dict) and {"phase", "step"} <= set(row):
             try:
                 _Row.model_validate(row)
                 rows.append(row)
             except ValidationError:
                 bad += 1
     if bad:
-        missing.append(f"{_METRICS} has lines that cannot be read, and are left out: {bad}.")
+        missing.append(f"{_METRICS} has unreadable lines, which are left out: {bad}.")
     return tuple(sorted(rows, key=lambda row: row["step"]))
 
 
@@ -244,14 +242,14 @@ def _resumable(path: Path) -> bool:
     return any((path / "checkpoints").glob("*.pt"))
 
 
-def _stand(rows: tuple[Mapping[str, Any], ...]) -> str:
+def _last_row(rows: tuple[Mapping[str, Any], ...]) -> str:
     if not rows:
         return ""
-    return f" Its last row is of step {rows[-1]['step']:,}, phase {rows[-1]['phase']}."
+    return f" Its last row is from step {rows[-1]['step']:,}, phase {rows[-1]['phase']}."
 
 
 def _shares(path: Path, verb: str, pretrained: str) -> tuple[GroupShare, ...]:
-    """Return what the groups of the run's compressed model keep of the dense model's channels; () for a dense one."""
+    """Return the kept channels of every group of the run's compressed model; () for a dense one."""
     folders = [path / name for name in _MODELS] if verb != "evaluate" else [Path(pretrained)] if pretrained else []
     for folder in folders:
         layout = _read(folder / _DESCRIPTION, _Description).layout

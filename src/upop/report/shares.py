@@ -1,4 +1,4 @@
-"""How much every group keeps, gathered into the panels of a figure."""
+"""The share of channels that every group keeps, arranged in panels of a figure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from upop.pruning.groups import Kind
 
 @dataclass(frozen=True)
 class GroupShare:
-    """How many of a group's channels stay.
+    """How many of a group's channels are kept.
 
     Attributes:
         name: the group's name.
         modality: "vision", "text" or "other".
         kind: "attention", "mlp" or "residual".
         size: channels before pruning.
-        kept: channels that stay.
+        kept: channels after pruning.
     """
 
     name: str
@@ -31,7 +31,7 @@ class GroupShare:
 
     @classmethod
     def of(cls, groups: Sequence[Group], plan: Mapping[str, Sequence[Any]]) -> list[GroupShare]:
-        """Return one sample per group, in the given order; a group that the plan does not name keeps all.
+        """Return one share per group, in the given order; a group that the plan does not name keeps all channels.
 
         Args:
             groups: the groups of the dense model.
@@ -42,16 +42,16 @@ class GroupShare:
 
     @property
     def share(self) -> float:
-        """The share of the channels that stay, in [0, 1]."""
+        """The share of channels that are kept, from 0 to 1."""
         return self.kept / self.size
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The same structure in all layers of one tower: one row of bars.
+    """One structure in all layers of a tower: a row of bars.
 
     Attributes:
-        title: in plain words, unique within its modality: "Cross-attention 2".
+        title: unique within its modality: "Cross-attention 2".
         modality: "vision", "text" or "other".
         layers: the groups, from the input to the output.
     """
@@ -62,16 +62,16 @@ class Panel:
 
 
 def kept_share(groups: Iterable[GroupShare]) -> float:
-    """Return the share of all channels of some groups that stay, in [0, 1]; 1 when there are none."""
+    """Return the share of channels that some groups keep together, from 0 to 1; 1 without groups."""
     listed = list(groups)
     size = sum(group.size for group in listed)
     return sum(group.kept for group in listed) / size if size else 1.0
 
 
 def panels(shares: Iterable[GroupShare]) -> list[Panel]:
-    """Gather groups whose names differ by their layer number alone, in order of first appearance.
+    """Arrange groups in panels: those whose names differ only in layer numbers share one.
 
-    Modalities come in the order vision, text, others.
+    Panels are in the order of first appearance, and by modality: vision, text, others.
     """
     alike: dict[tuple[str, str, str], list[GroupShare]] = {}
     for group in shares:
@@ -90,7 +90,7 @@ def _template(name: str) -> str:
 
 
 def _titles(structures: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a title for every (template, kind): what it is; where that repeats, its tower; then a number."""
+    """Return a unique title for every (template, kind): its structure, then its tower and a number if needed."""
     crosses = any("cross" in template for template, _ in structures)
     plain = []
     for template, kind in structures:

@@ -1,4 +1,4 @@
-"""Tables for the terminal that fit it: they turn around where they are too wide, and nothing in them is cut."""
+"""Tables for the terminal that are transposed if they are too wide, so that no text is truncated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from upop.plain import as_text
 
 @dataclass(frozen=True)
 class FittingTable:
-    """Rows of cells under the same headings; where they are too wide for the terminal, headings become rows.
+    """A table that is transposed if it is too wide for the terminal.
 
     Attributes:
         title: above the table.
-        corner: what the rows are.
+        corner: heading of the column of names.
         rows: name -> heading -> cell.
         caption: below the table.
     """
@@ -29,7 +29,7 @@ class FittingTable:
     caption: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Give the table that fits."""
+        """Yield the table, transposed if needed."""
         wide = self._drawn(self.rows)
         needed = Measurement.get(console, options.update(max_width=10_000), wide).maximum
         if needed <= options.max_width:

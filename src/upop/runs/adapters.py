@@ -35,9 +35,7 @@ class Adapters:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
         if not names:
-            raise SettingError(
-                f"lora={rank} was asked for, and {type(model).__name__} has no linear layer. Leave it out."
-            )
+            raise SettingError(f"lora={rank} was given, and {type(model).__name__} has no linear layer. Leave it out.")
         self._model = model
         config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names)
         inject_adapter_in_model(config, model, _NAME)
@@ -52,7 +50,7 @@ class Adapters:
             yield
         finally:
             for (name, layer), weight in zip(layers, before, strict=True):
-                layer.get_base_layer().weight.data = weight  # to the bit, which taking away again would not give
+                layer.get_base_layer().weight.data = weight  # exact, unlike subtracting the update again
                 _set(self._model, name, layer)
 
     def merge(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from upop.errors import BadImageError, DataError
 
 LEFT_OUT = "left_out"
-"""What a batch of an evaluation calls the samples that do not count, bool [B]; they hold other samples' images."""
+"""Key of an evaluation batch: which samples do not count, bool [batch]; other samples' images replace theirs."""
 _DRAWN = "drawn"
 
 
@@ -52,11 +52,11 @@ class BadImages:
     def __init__(self, tolerated: int) -> None:
         self.tolerated = tolerated
         self.report: Callable[[BadImage], None] = lambda _image: None
-        """Is given every file that is new."""
+        """Called with every new file."""
         self._found: dict[str, BadImage] = {}
 
-    def know(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Restore the rows of a resumed run."""
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Restore the `rows` of a resumed run."""
         for row in rows:
             # Earlier versions wrote "record".
             self._found[row["image"]] = BadImage(
@@ -71,7 +71,7 @@ class BadImages:
         """Return one row per file, as JSON values."""
         return [asdict(each) for each in self._found.values()]
 
-    def take(self, images: Iterable[BadImage]) -> None:
+    def add(self, images: Iterable[BadImage]) -> None:
         """Add newly found files.
 
         Raises:
@@ -96,11 +96,11 @@ class Drawn(NamedTuple):
 
 
 class Noted:
-    """The unreadable samples of a data set, as known in the training process.
+    """Mixin of data sets that skip unreadable samples, and collects them in the training process.
 
     Attributes:
         bad_images: of the whole run.
-        left_out: numbers of the unreadable samples; maintained by `readable`.
+        left_out: indices of the unreadable samples; `readable` updates it.
     """
 
     def __init__(self, bad_images: BadImages, *, training: bool) -> None:
@@ -108,15 +108,15 @@ class Noted:
         self.left_out: set[int] = set()
 
     def draw(self, read: Callable[[int], Any], index: int, count: int) -> Drawn:
-        """Return the sample with this number, or the next readable one.
+        """Return the sample at an index, or the next readable one.
 
         Args:
-            read: returns the item of a sample.
-            index: sample number, copies included.
+            read: index -> item.
+            index: of the sample, copies included.
             count: number of samples.
 
         Raises:
-            DataError: more unreadable files than tolerated were skipped.
+            DataError: more unreadable files were skipped than tolerated.
         """
         bad: dict[str, BadImage] = {}
         for step in range(count):
@@ -131,14 +131,14 @@ class Noted:
         raise DataError(f"No image of the data set can be read; the first is {next(iter(bad.values())).described()}.")
 
     def note(self, batch: dict[str, Any], accelerator: Accelerator) -> None:
-        """Move the notes of a batch into the lists; all processes do this together."""
+        """Move the reports of a batch into the lists; all processes call this together."""
         drawn: Sequence[tuple[int, tuple[BadImage, ...]]] = batch.pop(_DRAWN)
         met = [(number, bad) for number, bad in drawn if bad]
         if accelerator.num_processes > 1:
             count = torch.tensor(len(met), device=accelerator.device)
             met = gather_object(met) if int(accelerator.reduce(count, "sum")) else []
         self.left_out.update(number for number, _ in met)
-        self.bad_images.take(image for _, bad in met for image in bad)
+        self.bad_images.add(image for _, bad in met for image in bad)
         if not self.training:
             marks = [number in self.left_out for number, _ in drawn]
             batch[LEFT_OUT] = torch.tensor(marks, device=accelerator.device)
@@ -151,7 +151,7 @@ class NotingCollator:
     collate: Callable[[list[Any]], Mapping[str, Any]]
 
     def __call__(self, drawn: list[Drawn]) -> dict[str, Any]:
-        """The items as one batch."""
+        """Collate the items, and add their sample numbers and unreadable files."""
         return {
             **self.collate([each.item for each in drawn]),
             _DRAWN: [(each.number, each.bad) for each in drawn],
@@ -163,7 +163,7 @@ def without_notes(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != _DRAWN}
 
 
-def counted(loader: Any) -> Tensor | None:
+def scored_indices(loader: Any) -> Tensor | None:
     """Return the sample numbers that count in an evaluation, ascending; None if all do."""
     dataset = loader.dataset
     if not isinstance(dataset, Noted) or not dataset.left_out:
@@ -187,5 +187,5 @@ def readable(accelerator: Accelerator, loader: Any) -> Iterator[Any]:
 def _too_many(image: BadImage, before: Sequence[str], tolerated: int) -> DataError:
     return DataError(
         f"{image.described()}. It is unreadable file number {len(before) + 1}, and skip_bad_images is {tolerated}; "
-        f"those before it: {', '.join(before)}. Fetch them again, or raise skip_bad_images."
+        f"those before it: {', '.join(before)}. Download them again, or raise skip_bad_images."
     )

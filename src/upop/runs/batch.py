@@ -1,11 +1,11 @@
-"""`batch_size_train: auto`: the largest batch that fits into memory, by measured steps on real samples.
+"""`batch_size_train: auto`: finds the largest batch that fits into memory, by measured steps on real samples.
 
-Gradients and optimizer state have a fixed size. The memory of activations per sample is measured on two small batches,
-and the free memory then determines the batch. On CUDA the result is tried, and reduced until it fits. On the CPU, where
-exhausted memory kills the process instead of raising an error, the measured growth alone decides.
+Gradients and optimizer state have a fixed size. Two small batches give the activation memory per sample, and the free
+memory then determines the batch. On CUDA the result is tried, and reduced until it fits. On the CPU, where exhausted
+memory kills the process, the measurement alone decides.
 
-accelerate's find_executable_batch_size waits for an error, halves the batch, and runs the training function again: it
-finds no larger batch than it is given, and the CPU gives no error.
+accelerate's find_executable_batch_size halves the batch after each out-of-memory error. It finds no larger batch than
+it is given, and a CPU raises no such error.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from upop.runs.task import Task
 from upop.settings import RunSettings
 
 _PROBES = ((8, 16), (4, 8), (2, 4), (1, 2))
-"""Batches to measure, until a pair fits."""
+"""Pairs of batch sizes to measure; the first pair that fits is used."""
 _USED = 0.8
-"""Share of the free memory that is filled: texts of other batches are longer, and memory falls into pieces."""
+"""Share of the free memory to fill: other batches may have longer texts, and memory fragments."""
 _DISTINCT = 16
 _ROUND = 8
 
@@ -43,7 +43,7 @@ class BatchSize(NamedTuple):
         size: samples per forward pass and process.
         accumulate: forward passes per step.
         fixed: bytes of a step for any batch: gradients, optimizer state, copies of the model.
-        per_record: bytes per sample.
+        per_sample: bytes per sample.
         free: free bytes.
     """
 
@@ -66,13 +66,13 @@ def find_batch_size(
     model: nn.Module,
     loader: DataLoader[Any],
     *,
-    taught: bool = False,
+    distilled: bool = False,
 ) -> BatchSize:
-    """Return the largest batch that fits; the model is restored, on the device of the accelerator.
+    """Return the largest batch that fits; the model's weights are restored, and it stays on the accelerator's device.
 
     If the settings give a `batch_size_train`, the samples per step stay the same: the batch is the largest divisor of
-    batch_size_train x accumulate that fits. All processes use the smallest of their results. `taught` says whether the
-    dense model is a teacher.
+    batch_size_train x accumulate that fits. All processes use the smallest of their results. `distilled` says whether
+    the dense model is a teacher, whose memory then counts.
 
     Raises:
         OutOfMemoryError: not even the smallest batch fits.
@@ -80,7 +80,7 @@ def find_batch_size(
     """
     if settings.sharding != "none":
         raise SettingError(
-            "batch_size_train=auto measures steps of the whole model on one device, and sharding shares it out over "
+            "batch_size_train=auto measures steps of the whole model on one device, and sharding distributes it over "
             "several. Give a number."
         )
     device = accelerator.device
@@ -89,12 +89,12 @@ def find_batch_size(
     training = model.training
     model.to(device).train()
     free = _smallest(accelerator, free_bytes(device))
-    probe = _Probe(accelerator, task, settings, model, loader, taught)
+    probe = _Probe(accelerator, task, settings, model, loader, distilled)
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             start, per_sample = probe.growth()
-            fixed = start + probe.kept() + _copies(accelerator, settings, model, taught)
+            fixed = start + probe.kept() + _copies(accelerator, settings, model, distilled)
             most = int((_USED * free - fixed) // per_sample)
             size = _choice(task, settings, samples, most, accelerator.num_processes)
             while size and device.type == "cuda" and not _smallest(accelerator, int(probe.bytes_of(size) is not None)):
@@ -121,15 +121,15 @@ class _Probe:
         settings: RunSettings,
         model: nn.Module,
         loader: Any,
-        taught: bool,
+        distilled: bool,
     ) -> None:
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._model, self._loader = model, loader
         self._optimizer = task.optimizer(model, settings)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
-        # Whatever its weights are: a step takes as much memory.
-        self.distillation = distill(model, copy.deepcopy(model)) if taught else None
+        # Memory does not depend on the teacher's weights.
+        self.distillation = distill(model, copy.deepcopy(model)) if distilled else None
         self._items: list[Any] = []
 
     def growth(self) -> tuple[int, int]:
@@ -141,7 +141,7 @@ class _Probe:
         for few, more in _PROBES:
             if few % 2 and self._task.takes_pairs(self._settings):
                 continue
-            # The first step makes gradients and the optimizer's state, which are counted apart.
+            # The first step allocates gradients and optimizer state, which `kept` counts.
             if self.bytes_of(few, step=True) is None:
                 continue
             sizes = self.bytes_of(few), self.bytes_of(more)
@@ -157,7 +157,7 @@ class _Probe:
         return sum(int(value.nbytes) for value in kept if isinstance(value, Tensor))
 
     def bytes_of(self, size: int, *, step: bool = False) -> int | None:
-        """Return the bytes that a step on `count` samples adds; None if they do not fit."""
+        """Return the bytes that a step on `size` samples adds; None if it does not fit."""
         device = self._accelerator.device
         try:
             batch = self._batch(size)
@@ -186,22 +186,22 @@ class _Probe:
         samples = cast(SeededDataset, self._loader.dataset)
         distinct = min(_DISTINCT, len(samples))
         while len(self._items) < min(size, distinct):
-            # From all over the data: neighbours may be of one image.
+            # Evenly spaced: neighbours may share an image.
             self._items.append(samples[len(self._items) * len(samples) // distinct])
         items = [self._items[number % len(self._items)] for number in range(size)]
         return without_notes(cast(dict[str, Any], self._loader.collate_fn(items)))
 
 
-def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module, taught: bool) -> int:
+def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module, distilled: bool) -> int:
     """Return the bytes of everything beside the model: moving average, teacher, gradient buckets."""
     weights = sum(int(parameter.nbytes) for parameter in model.parameters())
-    dense = accelerator.device.type == "cpu" or taught
+    dense = accelerator.device.type == "cpu" or distilled
     there = (settings.ema_decay is not None, dense, accelerator.num_processes > 1)
     return weights * sum(map(bool, there))
 
 
 def _step_samples(settings: RunSettings, size: int) -> int:
-    """Return the samples per step and process by the settings."""
+    """Return the samples per step and process according to the settings."""
     named = "batch_size_train" in settings.model_fields_set
     return settings.batch_size_train * settings.accumulate if named else size * settings.accumulate
 
@@ -230,13 +230,13 @@ def _smallest(accelerator: Accelerator, value: int) -> int:
 
 def _described(fixed: int, per_sample: int, free: int) -> str:
     return (
-        f"a step takes {format_bytes(fixed)} and {format_bytes(per_sample)} per sample, and {format_bytes(free)} are "
-        f"free"
+        f"a step takes {format_bytes(fixed)} plus {format_bytes(per_sample)} per sample, and {format_bytes(free)} are "
+        "free"
     )
 
 
 def _too_large(why: str) -> str:
     return (
-        f"batch_size_train=auto finds no batch that fits: {why}. To change: amp (--amp), grad_checkpointing "
+        f"batch_size_train=auto finds no batch that fits: {why}. Use amp (--amp), grad_checkpointing "
         "(--grad-checkpointing), smaller images (image_size), or a device with more memory."
     )

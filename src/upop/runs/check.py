@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from upop.checkpoints.files.hub import is_hub_name, is_remote
 from upop.data.images import opened
 from upop.errors import UPopError
 from upop.pruning import count_parameters
 from upop.published_data import PublishedData
+from upop.runs.examples import spread
 from upop.runs.inputs import resolved
 from upop.runs.task import Task
 from upop.settings import LanguageSettings, RunSettings
@@ -20,9 +21,7 @@ from upop.sources import Sources
 
 State = Literal["right", "wrong", "unknown"]
 _SHOWN = 3
-_READERS = 8  # threads; reading a file and decoding it leave Python's lock
-
-T = TypeVar("T")
+_READERS = 8  # threads; reading and decoding release the GIL
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Finding:
     Attributes:
         part: "checkpoint", "tokenizer", or a split such as "train".
         state: "unknown" if it can only be checked when the run starts.
-        told: what was found, and what to do if it is wrong.
+        message: what was found, and what to do if it is wrong.
     """
 
     part: str
@@ -49,41 +48,41 @@ def check(
     evaluate: bool = False,
     advance: Callable[[int, int], None],
 ) -> Iterator[Finding]:
-    """Check the checkpoint, the tokenizer and the data of a run; yield the findings, part by part.
+    """Check the checkpoint, the tokenizer and the data of a run; yield one finding per part.
 
-    The checkpoint is loaded on the CPU, with all checks of a run. Every annotation file is read; every image in it must
-    exist and not be empty, and some are decoded.
+    The checkpoint is loaded on the CPU, as a run loads it. Every annotation file is read, every image must exist and
+    not be empty, and some images are decoded.
 
     Args:
         task: of the run.
         settings: of the run.
-        published: number of samples in the published data set; None skips the comparison.
+        published: sample counts of the published data set; None skips the comparison.
         decoded: number of images to decode per split, evenly spaced; None decodes all.
         evaluate: whether the run only evaluates.
-        advance: called now and then with the number of checked images and their total.
+        advance: called from time to time with the number of checked images and the total.
     """
     found, settings = _checkpoint(task, settings)
     yield found
     if isinstance(settings, LanguageSettings):
-        yield _tried("tokenizer", lambda: f"{len(task.tokenizer(settings)):,} words from {settings.tokenizer}")
+        yield _finding("tokenizer", lambda: f"{len(task.tokenizer(settings)):,} words from {settings.tokenizer}")
     for split in (*(() if evaluate else ("train",)), *task.evaluated(settings)):
         yield _split(task, settings, split, published, decoded, advance)
 
 
-def _tried(part: str, look: Callable[[], str]) -> Finding:
+def _finding(part: str, describe: Callable[[], str]) -> Finding:
     try:
-        return Finding(part, "right", look())
+        return Finding(part, "right", describe())
     except UPopError as error:
         return Finding(part, "wrong", str(error))
 
 
 def _checkpoint(task: Task[Any], settings: RunSettings) -> tuple[Finding, RunSettings]:
-    """Load the checkpoint; return the finding, and the settings completed by its preparation of inputs."""
+    """Load the checkpoint; return the finding, and the settings with the checkpoint's input preparation."""
     part, source = "checkpoint", str(settings.pretrained or "")
     if not source:
-        return Finding(part, "wrong", "None is named. Give --pretrained."), settings
+        return Finding(part, "wrong", "None was given. Give --pretrained."), settings
     if is_remote(source) or (is_hub_name(source) and not Path(source).exists()):
-        return Finding(part, "unknown", f"{source} is fetched, and looked at, when the run starts."), settings
+        return Finding(part, "unknown", f"{source} is downloaded and checked when the run starts."), settings
     try:
         settings, notes = resolved(task, settings, Path(source))
         model = task.load(Path(source), settings)
@@ -117,27 +116,20 @@ def _split(
     if sources is not None:
         paths = list(sources.images.values())
         message.append(f"{len(paths):,} images")
-        empty = _those(paths, _is_empty, lambda done: advance(done, len(paths)))
-        chosen = _spread(paths, decoded)
-        broken = _those(chosen, _unreadable, lambda done: advance(done, len(chosen)))
+        empty = _matching(paths, _is_empty, lambda done: advance(done, len(paths)))
+        chosen = paths if decoded is None else [paths[number] for number in spread(len(paths), decoded)]
+        broken = _matching(chosen, _unreadable, lambda done: advance(done, len(chosen)))
         message.append(f"{len(chosen):,} of them decoded")
         wrong += [_listed(empty, "empty")] if empty else []
         wrong += [_listed([path for path in broken if path not in set(empty)], "unreadable")] if broken else []
         wrong = [each for each in wrong if each]
     message += getattr(samples, "notes", ())
     if wrong:
-        return Finding(part, "wrong", "; ".join([*message, *wrong]) + ". Fetch what is missing or damaged again.")
+        return Finding(part, "wrong", "; ".join([*message, *wrong]) + ". Download missing or damaged files again.")
     return Finding(part, "right", "; ".join(message))
 
 
-def _spread(paths: Sequence[T], count: int | None) -> list[T]:
-    """Return this many of them, evenly spaced."""
-    if count is None or count >= len(paths):
-        return list(paths)
-    return [paths[number * len(paths) // count] for number in range(count)]
-
-
-def _those(paths: Sequence[Path], test: Callable[[Path], bool], advance: Callable[[int], None]) -> list[Path]:
+def _matching(paths: Sequence[Path], test: Callable[[Path], bool], advance: Callable[[int], None]) -> list[Path]:
     """Return the paths that pass a test, in order."""
     with ThreadPoolExecutor(_READERS) as pool:
         found = []

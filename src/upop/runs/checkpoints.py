@@ -1,8 +1,8 @@
 """Checkpoints to resume a run from: `checkpoints/step-00000123.pt`, the newest few.
 
-Each holds all that the next step depends on: weights, optimizer, moving average, scores and masks, random generators of
-every process, the position in the epoch, and the size of metrics.jsonl. They are read as tensors, numbers and strings
-only (`weights_only`), never as objects. Each ends with the SHA-256 of its content.
+Each holds everything that the next step depends on: weights, optimizer, moving average, importance, masks, the random
+state of every process, the position in the epoch, and the size of metrics.jsonl. They are read with `weights_only`, so
+no code in them is run. Each ends with the SHA-256 of its content.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from upop.errors import CheckpointError
 from upop.files import make_folder, replacing_file
 
 _FORMAT = 2
-_UNSEALED = 1  # of upop 0.1.0: without a checksum of its own
+_UNSEALED = 1  # upop 0.1.0 wrote it, without a checksum
 _NAME = "step-{:08d}.pt"
 _NUMBER = re.compile(r"step-(\d{8,12})\.pt")
 _SEAL = b"\nupop sha256 "
@@ -31,15 +31,15 @@ _SEALED_BYTES = len(_SEAL) + 64 + 1
 
 
 @dataclass
-class Place:
+class Position:
     """The position of a run, as stored in a checkpoint."""
 
     phase: str = ""
     epoch: int = 0  # of the phase
-    batch: int = 0  # of the epoch that were trained on; the evaluation after the last one is still to come
+    batch: int = 0  # finished batches of the epoch; after the last one, the evaluation is still to come
     phase_steps: int = 0
     steps: int = 0
-    epochs: int = 0  # of all phases that began
+    epochs: int = 0  # finished, in all phases
     bad_steps: int = 0
     bad_in_a_row: int = 0
 
@@ -54,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._latest: int | None = None  # that was written or read
+        self._latest: int | None = None  # step last written or read
 
     def exist(self) -> bool:
         """Whether there is any checkpoint."""
@@ -68,7 +68,7 @@ class Checkpoints:
         return _step(files[-1]) if files else None
 
     def write(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint, then remove surplus ones, and damaged ones of later steps.
+        """Write a checkpoint, then remove surplus ones, and those of later steps.
 
         Raises:
             RunFolderError: it cannot be written; the older ones remain.
@@ -78,7 +78,7 @@ class Checkpoints:
         with replacing_file(path, replace=True) as part, part.open("wb") as file:
             _save({"format": _FORMAT, **state}, file)
         self._latest = step
-        # A run goes on from the newest whole one: what is of later steps was passed over.
+        # A run resumes from the newest intact one, so those of later steps are damaged.
         later = [other for other in self._files() if _step(other) > step]
         older = [other for other in self._files() if _step(other) <= step][: -self._keep]
         for other in (*older, *later):
@@ -89,7 +89,7 @@ class Checkpoints:
         """Return the newest intact file with its content on the CPU; None without files.
 
         Args:
-            whole: whether it must hold everything that resuming needs, with the right types.
+            whole: whether to check that it holds everything that resuming needs, with the right types.
 
         Raises:
             CheckpointError: there are files, but none is usable.
@@ -100,10 +100,10 @@ class Checkpoints:
                 return path, self.read(path.name, whole=whole)
             except CheckpointError as error:
                 problems.append(str(error))
-                warnings.warn(f"{error} It is passed over.", stacklevel=2)
+                warnings.warn(f"{error} It is skipped.", stacklevel=2)
         if problems:
             raise CheckpointError(
-                "No checkpoint of the run can be read, so it cannot be resumed:\n  "
+                "The run cannot be resumed, because none of its checkpoints can be read:\n  "
                 + "\n  ".join(problems)
                 + f"\nRemove {self._folder} to start the run again."
             )
@@ -127,9 +127,9 @@ class Checkpoints:
                 check_whole(content)
                 if content["place"]["steps"] != _step(path):
                     raise ValueError(f"it is of step {content['place']['steps']}")
-        except Exception as error:  # torch raises whatever its parsers meet
-            described = " ".join((str(error).splitlines() or [""])[0].split())
-            raise CheckpointError(f"{path} is damaged: {described or type(error).__name__}.") from error
+        except Exception as error:  # torch's parsers raise errors of any type
+            message = " ".join((str(error).splitlines() or [""])[0].split())
+            raise CheckpointError(f"{path} is damaged: {message or type(error).__name__}.") from error
         self._latest = _step(path)
         return content
 
@@ -153,7 +153,7 @@ class _Sealing:
         self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """Write bytes; keep an error of the system, which torch would replace by its own."""
+        """Write bytes; keep an OSError, which torch would replace by a RuntimeError."""
         try:
             self._file.write(data)
         except OSError as error:
@@ -163,7 +163,7 @@ class _Sealing:
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing: torch calls this at the end, and closing flushes the file."""
+        """Do nothing: torch calls this, but closing the file flushes it."""
 
 
 def _save(content: Mapping[str, Any], file: IO[bytes]) -> None:
@@ -198,18 +198,18 @@ def _is_sealed(path: Path) -> bool:
             digest.update(data)
             left -= len(data)
     if seal != _SEAL + digest.hexdigest().encode() + b"\n":
-        raise ValueError("its content does not have the checksum that it was written with")
+        raise ValueError("its checksum does not match its content")
     return True
 
 
 def _check_unsealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Check a file without a checksum by those of its parts; raise ValueError if one is wrong."""
+    """Check the ZIP checksums of a file of format 1; raise ValueError if one is wrong."""
     if content["format"] != _UNSEALED:
-        raise ValueError("it has no checksum at its end; it was cut off or changed")
+        raise ValueError("it has no checksum at its end; it was truncated or changed")
     with zipfile.ZipFile(path) as archive:
         wrong = archive.testzip()
     if wrong is not None:
-        raise ValueError(f"its part {wrong} does not have the checksum that it was written with")
+        raise ValueError(f"the checksum of its part {wrong} does not match the content")
 
 
 def check_whole(content: Mapping[str, Any]) -> None:
@@ -220,16 +220,16 @@ def check_whole(content: Mapping[str, Any]) -> None:
     """
     for name, kinds in _FIELDS.items():
         _typed(content, name, kinds)
-    earlier = "pruner" in content and "compression" not in content  # of dense training alone they can be gone on from
+    earlier = "pruner" in content and "compression" not in content  # of an earlier version
     _typed(content, "pruner" if earlier else "compression", (dict, _NONE))
     for name in ("records_per_step", "accumulate", "batches"):
         if content[name] < 1:
             raise ValueError(f"{name} is {content[name]}")
-    for field in fields(Place):
+    for field in fields(Position):
         _typed(content["place"], field.name, str if field.name == "phase" else int, "place.")
-    unknown = set(content["place"]) - {field.name for field in fields(Place)}
+    unknown = set(content["place"]) - {field.name for field in fields(Position)}
     if unknown:
-        raise ValueError(f"place has {sorted(map(str, unknown))[0]!r}, which this upop does not know")
+        raise ValueError(f"place has {sorted(map(str, unknown))[0]!r}, which this version of upop does not know")
     for name in ("model", "average"):
         bad = [key for key, value in (content[name] or {}).items() if not isinstance(value, Tensor)]
         if bad or (name == "model" and not content[name]):

@@ -17,8 +17,8 @@ from upop.errors import DeviceError, UPopError
 from upop.pruning.round_to import RoundTo
 from upop.settings import RunSettings
 
-# How long processes wait for one that works alone: it may fetch a checkpoint, or score captions. One that dies is
-# noticed at once, whatever this is.
+# How long processes wait for one that works alone, on a download or on scoring captions. A process that dies is noticed
+# at once.
 PATIENCE = timedelta(minutes=30)
 
 Decision = TypeVar("Decision")
@@ -42,8 +42,8 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
     )
     if settings.sharding == "fsdp" and accelerator.num_processes == 1:
         raise DeviceError(
-            "--fsdp shares weights out over several processes, and there is one. Start the command with "
-            "torchrun --nproc_per_node N, N being at least 2, or leave --fsdp out."
+            "--fsdp shards weights over several processes, and there is only one. Start the command with "
+            "torchrun --nproc_per_node N, with N of at least 2, or leave --fsdp out."
         )
     set_seed(settings.seed)
     return accelerator
@@ -59,22 +59,22 @@ def agreed(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision
     Raises:
         UPopError: raised by `decide`, on all processes.
     """
-    described: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            described[0] = decide()
+            outcome[0] = decide()
         except UPopError as error:
-            described[1] = error
-    broadcast_object_list(described)
-    if described[1] is not None:
-        raise described[1]
-    return cast(Decision, described[0])
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(Decision, outcome[0])
 
 
 def autocast(accelerator: Accelerator, settings: RunSettings) -> torch.autocast:
     """Return the context of forward passes: bfloat16 autocast if `amp` is set.
 
-    Accelerate's own mixed precision would patch the forward permanently, but a cut must be verified in float32.
+    Accelerate's mixed precision would patch the forward pass permanently, but a cut must be verified in float32.
     """
     return autocast_on(accelerator.device, settings)
 
@@ -90,7 +90,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def alone(device: torch.device) -> Accelerator:
-    """Return a substitute for the accelerator for work of a single process."""
+    """Return a substitute for the accelerator that works in a single process."""
     return cast(Accelerator, _Alone(device))
 
 
@@ -114,16 +114,16 @@ def round_to_for(device: torch.device, settings: RunSettings) -> RoundTo:
     """Return `round_to`: as set, or the value that is fast on the device of the model."""
     if settings.round_to is not None:
         return settings.round_to
-    # Tensor cores and fused attention take sizes in eights; the published ranking knows single entries alone.
+    # Tensor cores and fused attention need multiples of eight; the published ranking removes single channels.
     return 8 if device.type == "cuda" and settings.cost != "reference" else 1
 
 
 def _check(device: str) -> None:
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise DeviceError("--device cuda was asked for, and torch sees no CUDA device here. Use --device cpu or auto.")
+        raise DeviceError("--device cuda was given, but torch sees no CUDA device. Use --device cpu or auto.")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("--device mps was asked for, and torch sees no MPS device here. Use --device cpu or auto.")
+        raise DeviceError("--device mps was given, but torch sees no MPS device. Use --device cpu or auto.")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if has_cuda and device in ("auto", "cuda") and local > torch.cuda.device_count():
         raise DeviceError(

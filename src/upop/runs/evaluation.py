@@ -1,4 +1,4 @@
-"""Evaluation: every sample of a split counted once, over all processes."""
+"""Evaluation over all processes; every sample of a split counts once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from upop.settings import RunSettings
 def evaluate(
     accelerator: Accelerator, task: Task[Any], settings: RunSettings, model: nn.Module, loader: Any
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the metrics of a split and every sample's predictions, in the split's order, on the CPU.
+    """Return the metrics of a split and its predictions, [samples, ...] each, in the split's order, on the CPU.
 
     Args:
         accelerator: gathers over processes.

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: beside the run or the model that it evaluates, never inside."""
+"""The folder of an evaluation: it never mixes with the files of the run or model that it evaluates."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _MODEL = "model.safetensors"
 _DIGITS = 10
 
 
-def place_of(task: str, settings: RunSettings, weights: Callable[[], str]) -> Path:
+def evaluation_folder(task: str, settings: RunSettings, weights: Callable[[], str]) -> Path:
     """Return the folder of an evaluation: `output_dir` itself, or one under its `evaluations/` if it holds a run.
 
-    Its name is derived from the model and the evaluated splits, so that only equal evaluations share it.
+    The name is a digest of weights and settings, so only equal evaluations share a folder.
 
     Args:
         task: its name.
@@ -37,9 +37,9 @@ def place_of(task: str, settings: RunSettings, weights: Callable[[], str]) -> Pa
     if run is None:
         return settings.output_dir
     what = settings.model_dump(mode="json", exclude=set(settings.passing))
-    asked = json.dumps([task, weights(), what], sort_keys=True)
+    identity = json.dumps([task, weights(), what], sort_keys=True)
     model = re.sub(r"[^\w.-]+", "_", Path(str(settings.pretrained)).stem).strip("._") or "model"
-    return run / FOLDER / f"{model}-{hashlib.sha256(asked.encode()).hexdigest()[:_DIGITS]}"
+    return run / FOLDER / f"{model}-{hashlib.sha256(identity.encode()).hexdigest()[:_DIGITS]}"
 
 
 def write_summary(folder: Path, results: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
@@ -61,7 +61,7 @@ def _is_summary(path: Path) -> bool:
         return False
 
 
-def is_beside(folder: Path) -> bool:
+def is_evaluation_folder(folder: Path) -> bool:
     """Whether an evaluation's folder lies under the `evaluations/` of a run or a model."""
     return folder.parent.name == FOLDER and _owner(folder.parent) is not None
 
@@ -76,7 +76,7 @@ def _owner(folder: Path) -> Path | None:
     if _verb(folder) == "evaluate":
         return None
     held = any((folder / name).exists() for name in _SIGNS) or any((folder / "checkpoints").glob("*.pt"))
-    # Beside what somebody else wrote under such names nothing is written: the folder is refused, as any other is.
+    # Files of others under these names make no run: the folder is refused like any other that upop did not write.
     ours = held and (read_marker(folder) or unmarked(folder)) is not None
     return folder if ours or (folder / _MODEL).is_file() else None
 

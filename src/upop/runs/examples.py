@@ -1,4 +1,4 @@
-"""A few held-out samples with the answers of all models, for people; the same for every task."""
+"""Writes a few held-out samples with the answers of all models, for people to read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def write_examples(
 
     Args:
         task: of the models.
-        models: name -> model, on its device, without wrappers; only one process may do this.
-        samples: what `task.dataset` returned for the split.
+        models: name -> model, on its device, without wrappers; only one process may call this.
+        samples: from `task.dataset`, of the split.
         settings: of the run.
         split: its published name.
         to: the folder to write; older examples are replaced.
 
     Raises:
-        RunFolderError: it holds files of others, or it cannot be written.
+        RunFolderError: it holds files that upop did not write, or it cannot be written.
     """
     numbers = spread(len(samples), settings.examples)  # type: ignore[arg-type]
     found = {}
@@ -48,17 +48,17 @@ def write_examples(
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Return `wanted` evenly spaced numbers from 0 to count - 1; all of them if there are fewer."""
+    """Return `wanted` evenly spaced numbers of 0 to count - 1; all of them if there are fewer."""
     wanted = min(count, wanted)
     return [place * count // wanted for place in range(wanted)]
 
 
 def untransformed(samples: Any) -> Any:
-    """Return the same samples with untransformed images: PIL images of any size."""
+    """Return a copy of a data set whose images are not transformed: PIL images of any size."""
     plain = copy.copy(samples)
-    plain.transform = _as_they_are
+    plain.transform = _identity
     return plain
 
 
-def _as_they_are(*values: Any) -> Any:
+def _identity(*values: Any) -> Any:
     return values[0] if len(values) == 1 else values

@@ -66,7 +66,7 @@ class RunFolder:
         self._shared = SharedFolder(path, "run", _FOLDERS, _is_of_runs)
         self._metrics = path / "metrics.jsonl"
         self._started = time.monotonic()
-        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # are told every row of metrics.jsonl
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # called with every row of metrics.jsonl
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
         self.preparation: Mapping[str, Any] | None = None
         self.tokenizer: Any = None
@@ -96,8 +96,8 @@ class RunFolder:
         results = self.path / "results.json"
         if self.checkpoints.exist() and not results.exists():
             raise RunFolderError(
-                f"{self.path} holds a run that has not ended, and this one would replace it. Go on with it (--resume, "
-                "and the command that it was started with), choose another --output-dir, or remove the folder "
+                f"{self.path} holds an unfinished run, which this one would replace. Resume it (the command that "
+                "started it, with --resume), choose another --output-dir, or remove the folder "
                 f"{self.path / 'checkpoints'}."
             )
         self._shared.check()
@@ -114,7 +114,7 @@ class RunFolder:
         """Write the settings and the library versions; remove the files of an older, finished run.
 
         Raises:
-            RunFolderError: the folder holds a run that has not ended, or what upop did not write.
+            RunFolderError: the directory holds an unfinished run, or files that upop did not write.
         """
         if self._main:
             self.check()
@@ -123,14 +123,14 @@ class RunFolder:
         self._write_versions(_versions(task, verb))
         self._write("metrics.jsonl", "")
 
-    def go_on(self, settings: RunSettings, task: str, verb: str, changes: Sequence[Mapping[str, Any]]) -> None:
+    def restore(self, settings: RunSettings, task: str, verb: str, changes: Sequence[Mapping[str, Any]]) -> None:
         """Restore lost settings files of a resumed run, and record what changed since it began.
 
         Args:
             settings: of the run.
             task: its name.
             verb: what it does.
-            changes: after which step what was changed, in words.
+            changes: "step" -> after which step, "changed" -> what, in words.
         """
         if not (self.path / "settings.yaml").is_file():
             self._write("settings.yaml", settings.to_yaml())
@@ -160,7 +160,7 @@ class RunFolder:
             with self._metrics.open("a+b") as file:
                 found = file.seek(0, os.SEEK_END)
                 file.truncate(min(metrics, found))
-                if found < metrics:  # a row that is cut off would spoil the next one
+                if found < metrics:  # drop a truncated last row, which would spoil the next one
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
         except OSError as error:
@@ -168,8 +168,8 @@ class RunFolder:
         if found >= metrics:
             return ""
         return (
-            f"{self._metrics} has {found} bytes, and the checkpoint says that {metrics} were written: rows of steps "
-            "before it are lost, and the run goes on without them."
+            f"{self._metrics} has {found} bytes, but {metrics} had been written at the checkpoint: rows of earlier "
+            "steps are lost. The run continues without them."
         )
 
     def metrics_size(self) -> int:
@@ -184,8 +184,8 @@ class RunFolder:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
                 raise RunFolderError(f"Could not write {self._metrics}: {error}. Free some space.") from error
-            for tell in self.listeners:
-                tell(row)
+            for listener in self.listeners:
+                listener(row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all readable rows of metrics.jsonl; damaged rows do not end a run."""
@@ -201,7 +201,7 @@ class RunFolder:
         return str(self.versions().get("command", ""))
 
     def changes(self) -> list[dict[str, Any]]:
-        """Return the changes recorded by `go_on`, as "step" and "changed"."""
+        """Return the changes recorded by `restore`, as "step" and "changed"."""
         return list(self.versions().get("changes", []))
 
     def versions(self) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class RunFolder:
         self._write("plan.json", plan.to_json())
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
-        """Write scores.safetensors: the accumulated scores of every group at the end of the search, [size]."""
+        """Write scores.safetensors: the accumulated importance of every group at the end of the search, [channels]."""
         if self._main:
             with replacing_file(self.claim("scores.safetensors"), replace=True) as part:
                 write_weights(scores, part)
@@ -230,7 +230,7 @@ class RunFolder:
         path = self.path / _BAD_IMAGES
         rows = read_json(path, RunFolderError, _RESTORE) if path.is_file() else []
         if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) in _BAD_IMAGE for row in rows):
-            raise RunFolderError(f"{path} is damaged: it is no list of unreadable files. {_RESTORE}")
+            raise RunFolderError(f"{path} is damaged: it is not a list of unreadable files. {_RESTORE}")
         return rows
 
     def save_files(self, files: Mapping[str, Any]) -> None:
@@ -288,10 +288,10 @@ def _check_writable(path: Path) -> None:
         space = os.statvfs(path)
     except OSError as error:
         raise RunFolderError(
-            f"The run folder {path} cannot be written: {error.strerror or error}. Choose another --output-dir."
+            f"The run directory {path} cannot be written: {error.strerror or error}. Choose another --output-dir."
         ) from error
     if space.f_bavail * space.f_frsize < _SPARE_BYTES:
         raise RunFolderError(
-            f"The disk of the run folder {path} has {space.f_bavail * space.f_frsize // 2**20} MiB left, "
-            f"and a run needs at least {_SPARE_BYTES // 2**20}. Free some space or choose another --output-dir."
+            f"The disk of the run directory {path} has {space.f_bavail * space.f_frsize // 2**20} MiB left, "
+            f"and a run needs at least {_SPARE_BYTES // 2**20} MiB. Free some space or choose another --output-dir."
         )

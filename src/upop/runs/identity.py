@@ -1,4 +1,4 @@
-"""The inputs that determine a result besides the settings: weights, data and libraries; and their comparison."""
+"""Records and compares the inputs that determine a result besides the settings: weights, data and libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upop.sources import differences, digests_of, file_digest
 LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 _READ = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model"})
 PLACES = frozenset({"pretrained", "tokenizer"})
-"""Settings that say where something lies whose content decides; those of type Path are others."""
+"""Settings besides those of type Path that name a file or folder: its content counts, not where it is."""
 
 
 def versions() -> dict[str, str]:
@@ -40,28 +40,28 @@ def identity_of(contents: Mapping[str, Path | None], samples: Mapping[str, Any])
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the differences of two results of `identity_of`, in words: those that change results, and minor ones.
+    """Compare two results of `identity_of`; return the differences that change results, and minor ones, in words.
 
     Args:
         before: at the start of the run.
         now: at its resumption.
     """
-    described, notes = [], []
+    decisive, minor = [], []
     for name, digest in now["contents"].items():
         if before["contents"].get(name, digest) != digest:
-            described.append(f"{name}: the files that it names have another content than they had")
+            decisive.append(f"{name}: the content of its files has changed")
     for split, digests in now["data"].items():
         if split in before["data"]:
-            decisive, others = differences(before["data"][split], digests, split)
-            described += decisive
-            notes += others
+            large, small = differences(before["data"][split], digests, split)
+            decisive += large
+            minor += small
     for name, version in now["libraries"].items():
         old = before["libraries"].get(name, version)
         if name == "python" and old.rpartition(".")[0] == version.rpartition(".")[0]:
             continue  # 3.11.7 computes as 3.11.8 does
         if old != version:
-            described.append(f"{name} was {old}, and is {version}")
-    return described, notes
+            decisive.append(f"{name} was {old} and is {version}")
+    return decisive, minor
 
 
 def content_digest(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""Settings that a checkpoint decides: how its images and texts are prepared, unless a flag or a file says so.
+"""Settings that a checkpoint decides: the preparation of its images and texts.
 
-What is given beats what the checkpoint says, and that beats the defaults.
+Flags and config files override the checkpoint, and the checkpoint overrides the defaults.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from upop.settings import ImageSettings, RunSettings
 from upop.values import problems
 
 _LIKE = frozenset(ImageSettings.recorded)
-"""What models of different tasks may have in common."""
-_CLOSE = 1e-4  # of statistics, which are written with more and fewer digits
+"""Settings that models of different tasks share."""
+_CLOSE = 1e-4  # tolerance of statistics, which files round to different numbers of digits
 
 S = TypeVar("S", bound=RunSettings)
 
 
 def resolved(task: Task[Any], settings: S, path: Path) -> tuple[S, list[str]]:
-    """Return the settings with what the checkpoint at `path` decides, and what a person should know of it.
+    """Return the settings completed by the checkpoint at `path`, and notes for the user.
 
     Raises:
-        CheckpointError: there is none, or what it says of its inputs cannot be used.
+        CheckpointError: there is no checkpoint, or its input preparation is not valid.
     """
     stated = stated_inputs(path)
     found = _of_this_task(task, settings, stated)
@@ -43,32 +43,32 @@ def resolved(task: Task[Any], settings: S, path: Path) -> tuple[S, list[str]]:
         if "tokenizer" not in given:
             taken["tokenizer"] = str(stated.tokenizer)
         elif not _same_words(task, settings, stated.tokenizer):
-            notes.append(f"tokenizer={given['tokenizer']} was given; {path} has another one, which is not used.")
+            notes.append(f"tokenizer={given['tokenizer']} was given, and replaces the one of {path}, which differs.")
     result = _checked(settings, {**given, **taken}, path)
     whole = _checked(settings, {**given, **{name: value for name, value in found.items() if "." not in name}}, path)
-    described = {name: getattr(result, name) for name in taken if name != "model"}
+    values = {name: getattr(result, name) for name in taken if name != "model"}
     if news := [
-        f"{name}={_shown(value)}" for name, value in described.items() if not _same(value, getattr(settings, name))
+        f"{name}={_shown(value)}" for name, value in values.items() if not _same(value, getattr(settings, name))
     ]:
-        notes.append(f"As {path} says: {', '.join(news)}")
+        notes.append(f"From {path}: {', '.join(news)}")
     for name in found:
         if name in given and not _same(getattr(whole, name), given[name]):
             resizes = name == "image_size" and _is_like(settings)
-            then = "the model's positions are resized" if resizes else "what was given is used"
+            then = "; the model's position embeddings are resized" if resizes else ""
             notes.append(
-                f"{name}={_shown(given[name])} was given, and {path} says {_shown(getattr(whole, name))}: {then}."
+                f"{name}={_shown(given[name])} was given, and replaces {_shown(getattr(whole, name))} of {path}{then}."
             )
     return result, notes
 
 
 def sample(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
-    """Return what a checkpoint keeps of a run's settings: all that an evaluation of it elsewhere needs."""
+    """Return the settings to store in a checkpoint: those that an evaluation elsewhere needs."""
     values = settings.model_dump(mode="json", include=set(type(settings).recorded))
     return {"task": task.name, **{name: value for name, value in values.items() if value is not None}}
 
 
 def _of_this_task(task: Task[Any], settings: RunSettings, stated: StatedInputs) -> dict[str, Any]:
-    """Return what a checkpoint says by the names of settings; of another task's, what both have in common."""
+    """Return the settings that a checkpoint states; of another task's checkpoint, those that both tasks share."""
     kind = type(settings)
     names = set(kind.recorded)
     sizes = dict(kind.of_model)
@@ -81,7 +81,7 @@ def _of_this_task(task: Task[Any], settings: RunSettings, stated: StatedInputs) 
 
 
 def _is_like(settings: RunSettings) -> bool:
-    """Whether the model sees whole images, whose side it knows by its positions."""
+    """Whether the model sees whole images, with one position embedding per patch."""
     return isinstance(settings, ImageSettings)
 
 
@@ -90,18 +90,18 @@ def _checked(settings: S, values: Mapping[str, Any], path: Path) -> S:
         return type(settings)(**values)
     except ValidationError as error:
         raise CheckpointError(
-            f"What {path} says of its inputs cannot be used:\n  "
+            f"The input preparation in {path} is not valid:\n  "
             + "\n  ".join(problems(error))
-            + "\nGive these settings (--set KEY=VALUE, or a config file), or write the checkpoint again."
+            + "\nSet these values (--set KEY=VALUE, or a config file), or write the checkpoint again."
         ) from error
 
 
 def _same_words(task: Task[Any], settings: RunSettings, folder: Path) -> bool:
-    """Whether the tokenizer that was given and the checkpoint's own know the same words by the same numbers."""
+    """Whether the given tokenizer and the checkpoint's own have the same vocabulary."""
     given = task.tokenizer(settings)
     try:
         own = task.tokenizer(settings.model_copy(update={"tokenizer": str(folder)}))
-    except DataError:  # what is not used need not be readable
+    except DataError:  # the checkpoint's own is not used, so it need not be readable
         return False
     return bool(given.get_vocab() == own.get_vocab())
 

@@ -1,4 +1,4 @@
-"""What the system refuses a run, by a limit of its own: said in our words, with what is kept and what to do."""
+"""Explains errors that a limit of the system causes (disk, open files), with what is kept and what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ADVICE = {
     errno.EIO: "Check the disk, or choose another --output-dir.",
     errno.ESTALE: "Check the network's file system, or choose another --output-dir.",
 }
-# What libraries make of it: workers hand tensors over by descriptors, and get none when there are too many.
+# Messages of libraries for the same limits: workers pass tensors by file descriptors, and may run out of them.
 _WORDS = {
     "ancdata": errno.EMFILE,
     f"exit code {errno.EMFILE}": errno.EMFILE,
@@ -31,10 +31,9 @@ _WORDS = {
 
 
 def end_without_descriptors() -> None:
-    """Have this process, which makes batches, end when it gets no more descriptors; its exit code says so.
+    """End this worker process, with an exit code of its own, once it runs out of file descriptors.
 
-    Python's thread that hands descriptors over would print the error and try again, without end, while the main process
-    waits for a batch.
+    Otherwise Python's thread that passes descriptors would retry forever while the main process waits for a batch.
     """
     before = sys.excepthook
 
@@ -47,11 +46,11 @@ def end_without_descriptors() -> None:
 
 
 def explained_limit(error: BaseException, kept: Callable[[], str]) -> UPopError | None:
-    """Return the error of ours for one that is about a limit of the system; None for any other.
+    """Return a `RunFolderError` for an error about a limit of the system; None for any other.
 
     Args:
-        error: that ended a run.
-        kept: gives a sentence about what is kept of the run.
+        error: the one that ended a run.
+        kept: returns a sentence about what is kept of the run.
     """
     number = _number(error)
     if number is None or not isinstance(error, Exception):
@@ -64,13 +63,13 @@ def explained_limit(error: BaseException, kept: Callable[[], str]) -> UPopError 
         described = f"{described} {_ADVICE[number]}"
     try:
         left = kept()
-    except OSError:  # the limit is still there
-        left = "What was written before stays."
+    except OSError:  # still at the limit
+        left = "Files written before are kept."
     return RunFolderError(f"{described} {left}".strip())
 
 
 def _number(error: BaseException) -> int | None:
-    """Return the number of the system's error that is behind an error; None if there is none, or another."""
+    """Return the errno of `_ADVICE` that caused an error; None if there is none."""
     seen: list[BaseException] = []
     while True:
         if isinstance(error, OSError) and error.errno in _ADVICE:

@@ -1,4 +1,4 @@
-"""Batches, the same ones whatever the number of workers and processes."""
+"""Loaders whose batches do not depend on the number of workers and processes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from upop.settings import RunSettings
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set whose random draws depend on seed, epoch and sample alone, not on which worker makes them.
+    """A data set whose random draws depend on seed, epoch and index alone, so that runs are repeatable.
 
-    So two processes see the very augmentations that one process sees, and a run can be repeated. A number beyond the
-    last sample is another copy of a sample, with draws of its own: number = sample + copy * samples.
+    An index beyond the last sample draws another augmentation of one: index = sample + copy * samples.
     """
 
     def __init__(self, samples: Dataset[Any], seed: int) -> None:
         self.samples = samples
         self._seed = seed
-        # In shared memory, so that workers which live on between epochs see it change.
+        # In shared memory, so that persistent workers see it change.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next draws are for."""
+        """Set the epoch of the next draws."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -38,9 +37,9 @@ class SeededDataset(Dataset[Any]):
         return len(self.samples)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
-        """The sample, as drawn in this epoch."""
+        """The sample with this epoch's augmentation."""
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would look at all kinds of devices: a tenth of a millisecond for every sample.
+            # torch.manual_seed queries all device types, which takes 0.1 ms per sample.
             torch.default_generator.manual_seed(hash((self._seed, int(self._epoch), index)) & 0x7FFF_FFFF_FFFF_FFFF)
             return self.samples[index % len(self)]
 
@@ -51,9 +50,10 @@ class SeededDataset(Dataset[Any]):
 
 
 class TolerantDataset(Noted, SeededDataset):
-    """A `SeededDataset` that puts the next readable sample in the place of an unreadable one, and says so.
+    """A `SeededDataset` that replaces an unreadable sample by the next readable one, and reports it.
 
-    Raises SettingError for samples to evaluate that cannot be narrowed to those that are readable.
+    Raises:
+        SettingError: the samples of an evaluation have no method `without`, which leaves out unreadable ones.
     """
 
     def __init__(self, samples: Dataset[Any], seed: int, bad_images: BadImages, *, training: bool) -> None:
@@ -61,34 +61,34 @@ class TolerantDataset(Noted, SeededDataset):
         Noted.__init__(self, bad_images, training=training)
         if not training and not hasattr(samples, "without"):
             raise SettingError(
-                f"skip_bad_images was set, and {type(samples).__name__} has no method `without(numbers)`, which gives "
-                "the samples that are scored when some are left out. Write one, or set skip_bad_images to 0."
+                f"skip_bad_images was set, but {type(samples).__name__} has no method `without(numbers)`, which gives "
+                "the data set without some samples. Write one, or set skip_bad_images to 0."
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What worker processes get: they report by what they return."""
+        """Workers get an empty list of bad images: they report in what they return."""
         return {**vars(self), "bad_images": BadImages(self.bad_images.tolerated)}
 
     def __getitem__(self, index: int) -> Drawn:
-        """The sample, as drawn in this epoch, or the next one that can be read."""
+        """The sample with this epoch's augmentation, or the next readable one."""
         return self.draw(super().__getitem__, index, len(self))
 
     @property
     def scored(self) -> Dataset[Any]:
-        """The samples that count in an evaluation: those that can be read."""
+        """The samples that count in an evaluation: the readable ones."""
         if len(self.left_out) == len(self):
             raise DataError(f"None of the {len(self)} samples can be scored: no image can be read.")
         return self.samples.without(self.left_out) if self.left_out else self.samples  # type: ignore[attr-defined]
 
 
 def _missing_folders(settings: RunSettings, complaint: str) -> str:
-    """Return which settings name the missing folders that a complaint about data is about, and where they were sought.
+    """Return sentences about the settings whose missing folders an error message names, with defaults marked.
 
-    Nobody need have chosen them.
+    A user may not know such a setting, if nobody set it.
     """
     return "".join(
         f" {name} is {folder}{', the default' if settings.is_default(name) else ''}"
-        f"{'' if folder.is_absolute() else f', looked for in {Path.cwd()}'}; give another with --set {name}=FOLDER."
+        f"{'' if folder.is_absolute() else f', relative to {Path.cwd()}'}; choose another with --set {name}=FOLDER."
         for name, folder in settings.data_folders.items()
         if str(folder) in complaint and not folder.exists()
     )
@@ -97,13 +97,13 @@ def _missing_folders(settings: RunSettings, complaint: str) -> str:
 def make_loader(
     task: Task[Any], settings: RunSettings, split: str, bad_images: BadImages | None = None
 ) -> DataLoader[Any]:
-    """Return the loader of a split: shuffled and without a last small batch for "train", whole and in order else.
+    """Return the loader of a split: "train" is shuffled and drops the last partial batch, others are complete.
 
     Args:
-        task: gives the samples.
+        task: makes the samples.
         settings: of the run.
         split: "train", "val" or "test".
-        bad_images: takes the unreadable files of all splits, where `skip_bad_images` tolerates any; go through such a
+        bad_images: collects the unreadable files of all splits, if `skip_bad_images` tolerates any; iterate over such a
             loader with `upop.runs.bad_images.readable`.
     """
     training = split == "train"
@@ -137,19 +137,19 @@ def make_loader(
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the sampler and the draws of a prepared loader which epoch comes next."""
+    """Set the next epoch for the sampler and the augmentations of a prepared loader."""
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
     cast(SeededDataset, loader.dataset).set_epoch(epoch)
 
 
 def end_workers(loader: Any) -> None:
-    """End the processes that make the batches of a loader, prepared or not, and wait for them.
+    """End the worker processes of a loader, prepared or not, and wait for them.
 
-    Left to the garbage collector, the queues that tell them to end may go first; each is then waited for in vain.
+    The garbage collector may destroy their queues first, and then waits until a timeout for each worker.
     """
     owner = getattr(loader, "base_dataloader", loader)
-    iterator = getattr(owner, "_iterator", None)  # of workers that live on between epochs
+    iterator = getattr(owner, "_iterator", None)  # of persistent workers
     if iterator is not None:
         iterator._shutdown_workers()
         owner._iterator = None

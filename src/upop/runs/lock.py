@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a file names the process that writes there; the system's lock on it ends with that."""
+"""A lock file that allows one run at a time in a directory; the system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from upop.errors import RunFolderError
 
 try:
     import fcntl
-except ImportError:  # Windows; the names of the processes tell then
+except ImportError:  # Windows, where the process id in the file decides
     fcntl = None  # type: ignore[assignment]
 
 NAME = "run.lock"
@@ -29,18 +29,18 @@ _held: set[FolderLock] = set()
 
 
 class FolderLock:
-    """Holds a folder for this process, from its making until `release`; one that was killed holds nothing.
+    """Locks a directory for this process, until `release` or the end of the process.
 
-    `run.lock` says which process of which machine writes there. Its lock belongs to the system, so that it ends with
-    the process. Machines that share the folder may not share locks: the holder touches the file every few seconds, and
-    another machine watches it for a while before it takes over.
+    `run.lock` names the process and machine of the holder, and carries a lock of the system. Machines that share a
+    directory may not share locks. So the holder touches the file every few seconds, and another machine watches it for
+    a while before it takes over.
 
     Args:
-        folder: to hold; it must be there.
-        notify: is called with a line about a lock that is watched, or taken over from a process that has ended.
+        folder: an existing directory.
+        notify: called with a line while a lock is watched, or when it is taken over from a process that has ended.
 
     Raises:
-        RunFolderError: another run holds the folder, or the file cannot be written or is not ours.
+        RunFolderError: another run holds the directory, or the file cannot be written or is not upop's.
     """
 
     def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
@@ -54,7 +54,7 @@ class FolderLock:
             if isinstance(error, RunFolderError):
                 raise
             raise RunFolderError(
-                f"{self._path}, which tells other runs that the folder is in use, cannot be written: "
+                f"The lock {self._path}, which keeps other runs out of the directory, cannot be written: "
                 f"{error.strerror or error}. Choose another --output-dir."
             ) from error
         except BaseException:
@@ -64,11 +64,11 @@ class FolderLock:
         threading.Thread(target=self._beat, name="upop-lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Release the directory."""
         if self not in _held:
             return
         self._ended.set()
-        # Removed while it is still held: who opened it before finds that it is not the file of that name any more.
+        # Removed while still locked: a process that has opened it sees that another file has its name by now.
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
         self._close()
@@ -83,14 +83,13 @@ class FolderLock:
         holder = self._holder()
         if holder and holder["host"] != socket.gethostname():
             self._watch(folder, holder)
-        elif holder and not locked and _lives(holder):
+        elif holder and not locked and _is_running(holder):
             raise _in_use(folder, holder)
         if holder:
-            self._notify(f"the run of {_described(holder)}, which had not given {folder} back, has ended")
+            self._notify(f"taking over {folder} from {_described(holder)}, which has ended")
         mine = {"upop": _FORMAT, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
         mine["since"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        # Written by another descriptor, closed at once: one that is open for writing would keep the file system from
-        # being made read-only.
+        # A second descriptor, closed at once: a file open for writing would block a remount as read-only.
         writing = os.open(self._path, os.O_WRONLY | os.O_TRUNC | _NO_LINK)
         try:
             os.write(writing, json.dumps(mine).encode())
@@ -101,7 +100,7 @@ class FolderLock:
             os.close(writing)
 
     def _lock(self, folder: Path) -> bool:
-        """Return whether the system's lock was got; False where the file system has none."""
+        """Take the system's lock; False if the file system has no locks."""
         assert self._descriptor is not None
         if fcntl is None:
             return False
@@ -112,7 +111,7 @@ class FolderLock:
                 raise _in_use(folder, self._holder()) from None
             if error.errno != errno.EBADF:
                 return False
-            # NFS locks files alone that are open for writing.
+            # NFS locks only files that are open for writing.
             self._close()
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
             try:
@@ -132,7 +131,7 @@ class FolderLock:
             return False
 
     def _holder(self) -> dict[str, Any]:
-        """Return what the file says; {} where it is empty, as one that was killed early leaves it."""
+        """Return the content of the file; {} if it is empty, as a process that was killed early leaves it."""
         assert self._descriptor is not None
         text = os.pread(self._descriptor, 4096, 0)
         if not text.strip():
@@ -144,13 +143,13 @@ class FolderLock:
             return {"host": str(holder["host"]), "pid": int(holder["pid"]), **holder}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunFolderError(
-                f"{self._path} is not a lock of this upop, and is left alone. Choose another --output-dir, or remove "
-                "the file if nothing writes to the folder."
+                f"{self._path} is not a lock of this version of upop. Choose another --output-dir, or remove the file "
+                "if no run writes to the directory."
             ) from error
 
     def _watch(self, folder: Path, holder: dict[str, Any]) -> None:
-        """Raise RunFolderError as soon as the holder, on another machine, shows a sign of life."""
-        self._notify(f"{folder} is held by {_described(holder)}; waiting {_WATCH_SECONDS:.0f} s for a sign of life")
+        """Raise a `RunFolderError` as soon as the holder, on another machine, touches the file."""
+        self._notify(f"{folder} is locked by {_described(holder)}; waiting {_WATCH_SECONDS:.0f} s for a sign of life")
         first, until = self._touched(), time.monotonic() + _WATCH_SECONDS
         while time.monotonic() < until:
             time.sleep(min(0.5, _BEAT_SECONDS / 4))
@@ -158,16 +157,16 @@ class FolderLock:
                 raise _in_use(folder, holder)
 
     def _touched(self) -> int:
-        # Opened anew, which makes a network's file system ask its server.
-        looked = os.open(self._path, os.O_RDONLY | _NO_LINK)
+        # Opening the file again makes a network file system ask its server.
+        descriptor = os.open(self._path, os.O_RDONLY | _NO_LINK)
         try:
-            return os.fstat(looked).st_mtime_ns
+            return os.fstat(descriptor).st_mtime_ns
         finally:
-            os.close(looked)
+            os.close(descriptor)
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OSError, TypeError):  # read-only by now, or given back this moment
+            with contextlib.suppress(OSError, TypeError):  # read-only, or released at this moment
                 os.utime(self._path, follow_symlinks=False)
 
     def _close(self) -> None:
@@ -181,7 +180,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def _leave_to_parent() -> None:
-    """In a process that was split off: close what it got along, or the locks would outlive the one that holds them."""
+    """Close inherited descriptors in a forked process; otherwise the locks would outlive their holder."""
     for lock in list(_held):
         lock._close()
 
@@ -192,9 +191,8 @@ if hasattr(os, "register_at_fork"):
 
 def _in_use(folder: Path, holder: dict[str, Any]) -> RunFolderError:
     return RunFolderError(
-        f"Another run writes to {folder}: {_described(holder) if holder else 'a process that has just begun'}. Wait "
-        f"until "
-        "it has ended, or choose another --output-dir."
+        f"Another run writes to {folder}: {_described(holder) if holder else 'a process that has just started'}. Wait "
+        "until it has ended, or choose another --output-dir."
     )
 
 
@@ -204,20 +202,20 @@ def _described(holder: dict[str, Any]) -> str:
     return "".join(character if character.isprintable() else "?" for character in described)
 
 
-def _lives(holder: dict[str, Any]) -> bool:
-    """Whether a process of this machine runs that has the holder's number and began when that did."""
+def _is_running(holder: dict[str, Any]) -> bool:
+    """Whether this machine runs a process with the holder's id and start time."""
     born = _born(holder["pid"])
     return born is not None and born == holder.get("born", born)
 
 
 def _born(process: int) -> str | None:
-    """Return when a process of this machine began, in its words; "" where that is unknown, None if there is none."""
+    """Return boot id and start time of a process of this machine; "" if unknown, None if there is no such process."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return None
     except OSError:
-        pass  # it is another user's
+        pass  # of another user
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"

@@ -1,4 +1,4 @@
-"""The one training loop: dense training, search and retraining differ by their schedule and by a `Pruner`."""
+"""The training loop of every task. Dense training, search and retraining differ in schedule and `Compression` only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from upop.compression import Compression
 from upop.errors import CheckpointError, SettingError, TrainingError, VerificationError
 from upop.pruning import Pruner
 from upop.runs.bad_images import readable
-from upop.runs.checkpoints import Place
+from upop.runs.checkpoints import Position
 from upop.runs.devices import autocast
 from upop.runs.evaluation import evaluate
 from upop.runs.folder import RunFolder
@@ -41,7 +41,7 @@ State = Mapping[str, Any]
 
 
 class _Stepped(NamedTuple):
-    """What came of a step: the mean loss, whether a checkpoint is due, and whether the run is asked to end."""
+    """Result of a step: mean loss over processes, whether a checkpoint is due, whether the run was asked to end."""
 
     loss: float
     due: bool
@@ -49,23 +49,23 @@ class _Stepped(NamedTuple):
 
 
 class Loop:
-    """Runs phases of training one after the other, counting steps over all of them, and saves where it stands.
+    """Runs the phases of a training one after the other, counts steps over all of them, and writes checkpoints.
 
     Args:
         accelerator: where to compute.
         task: data, loss and metrics.
         settings: of the run.
-        folder: takes the rows of metrics.jsonl, and the checkpoints.
-        train: prepared batches to train on, as `make_loader` gives them.
-        val: prepared batches to evaluate on after every epoch, if any.
-        preemption: tells whether the run was asked to end.
+        folder: gets the rows of metrics.jsonl, and the checkpoints.
+        train: prepared loader of the training split, from `make_loader`.
+        val: prepared loader that is evaluated after every epoch, if any.
+        preemption: knows whether a signal asked the run to end.
         resumed: the content of a checkpoint to resume from.
-        identity: what decides the result besides the settings; it is in the checkpoints.
+        identity: the inputs besides the settings that decide the result; stored in the checkpoints.
 
     Attributes:
-        progress: shows the steps; a silent one at first.
-        notes: values (tensors, numbers, texts, lists and mappings of them) that the caller wants in the checkpoints;
-            those of the checkpoint that the run goes on from.
+        progress: shows the steps; silent at first.
+        notes: values of the caller (tensors, numbers, strings, lists and mappings of them) to store in the checkpoints;
+            restored from the checkpoint of a resumed run.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class Loop:
         self._preemption = preemption
         self._watch = LoaderWatch(settings.num_workers)
         self.progress = RunProgress(0, main=False)
-        self._place = Place()
-        self._phases: list[str] = []  # that have ended
+        self._position = Position()
+        self._phases: list[str] = []  # finished ones
         self._resumed = resumed
         self.notes: dict[str, Any] = {}
         self._saved_at = time.monotonic()
@@ -97,13 +97,13 @@ class Loop:
             _refuse_older(resumed)
             self._phases = list(resumed["phases"])
             self.notes = dict(resumed["notes"])
-            self._place = Place(**resumed["place"])
-            # The samples of a step may come in other portions now: by other processes, in other batches.
-            if self._place.batch == resumed["batches"]:
-                self._place.batch = len(self._train)
+            self._position = Position(**resumed["place"])
+            # The number of processes and the batch size may have changed; the samples per step have not.
+            if self._position.batch == resumed["batches"]:
+                self._position.batch = len(self._train)
             else:
-                samples = self._place.batch * resumed["records_per_step"] // resumed["accumulate"]
-                self._place.batch = samples // self._train.total_batch_size
+                samples = self._position.batch * resumed["records_per_step"] // resumed["accumulate"]
+                self._position.batch = samples // self._train.total_batch_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,13 +118,13 @@ class Loop:
 
     @property
     def compression_state(self) -> State | None:
-        """What the checkpoint that the run goes on from holds of a `Compression`; only until the run goes on."""
+        """State of the `Compression` in the checkpoint to resume from; None once training has resumed."""
         return None if self._resumed is None else self._resumed.get("compression")
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were taken, in all phases."""
-        return self._place.steps
+        """Optimizer steps so far, in all phases."""
+        return self._position.steps
 
     def run(
         self,
@@ -137,40 +137,40 @@ class Loop:
         after_epoch: Callable[[nn.Module, dict[str, float]], None] | None = None,
         average: ModelEmaV3 | None = None,
     ) -> None:
-        """Train `model` for `epochs`, with evaluation after each; of a resumed run, what is left of that.
+        """Train `model` for `epochs` and evaluate it after each; a resumed run trains the remaining ones.
 
         Args:
-            model: the model, on the CPU or its device; it is moved, and comes back unwrapped and on the device.
-            phase: name for logs: "train" or "retrain"; steps that search a model are called "search".
+            model: on any device; it ends up on the accelerator's, without wrappers.
+            phase: "train" or "retrain" in logs; steps of a search are logged as "search".
             epochs: how many; 0 does nothing.
-            schedule: learning rate by optimizer step of this phase.
-            compression: of the model and its average, made anew or from `compression_state`.
-            after_cut: called as soon as the model was cut.
-            after_epoch: is given the model and the metrics of every epoch's evaluation; then the average and its own.
-                Nothing is told of a model that is still to be cut.
-            average: follows the weights, step by step. It is evaluated where nothing is searched.
+            schedule: optimizer step of this phase -> learning rate.
+            compression: of the model and its average, new or restored from `compression_state`.
+            after_cut: called right after the cut.
+            after_epoch: called with the model and its metrics after every evaluation, then with the average and its
+                metrics; not before the cut.
+            average: moving average of the weights, updated at every step and evaluated outside of a search.
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradients that are not finite.
-            PreemptedError: the run was asked to end, and a checkpoint was written.
-            CheckpointError: the checkpoint to resume from is of another model.
+            PreemptedError: a signal asked the run to end; a checkpoint was written.
+            CheckpointError: the checkpoint to resume from belongs to another model.
         """
         if not epochs or phase in self._phases:
             return
         resumed = self._resumed
         if resumed is not None:
-            with fitting():
+            with explain_misfit():
                 model.load_state_dict(resumed["model"])
                 if average is not None:
                     average.module.load_state_dict(resumed["average"])
-            self.progress.start_at(self._place.steps)
+            self.progress.start_at(self._position.steps)
         trained = Trained(self._accelerator, self._task, self._settings, model, compression, average)
         if resumed is not None:
             trained.load_optimizer(resumed["optimizer"])
         else:
-            self._place.phase = "search" if compression is not None and compression.searching else phase
-            self._place.epoch, self._place.batch, self._place.phase_steps = 0, 0, 0
-        place = self._place
+            self._position.phase = "search" if compression is not None and compression.searching else phase
+            self._position.epoch, self._position.batch, self._position.phase_steps = 0, 0, 0
+        at = self._position
 
         def save() -> None:
             state = trained.optimizer_state()
@@ -179,17 +179,17 @@ class Loop:
 
         def cut() -> None:
             after_cut()
-            place.phase = phase
+            at.phase = phase
 
-        if resumed is not None and place.batch in (0, len(self._train)):
+        if resumed is not None and at.batch in (0, len(self._train)):
             self._restore_randomness()
-        while place.epoch < epochs:
-            described = f"{place.epoch + 1}/{epochs}"
-            self._train_epoch(trained, described, schedule, compression, cut, average, save)
+        while at.epoch < epochs:
+            of_epochs = f"{at.epoch + 1}/{epochs}"
+            self._train_epoch(trained, of_epochs, schedule, compression, cut, average, save)
             with trained.whole():
-                self._evaluate(model, described, compression, average, after_epoch)
-            place.epoch, place.batch = place.epoch + 1, 0
-            place.epochs += 1
+                self._evaluate(model, of_epochs, compression, average, after_epoch)
+            at.epoch, at.batch = at.epoch + 1, 0
+            at.epochs += 1
             save()
         trained.finish()
         self._phases.append(phase)
@@ -197,30 +197,28 @@ class Loop:
     def _train_epoch(
         self,
         trained: Trained,
-        described: str,
+        of_epochs: str,
         schedule: Schedule,
         compression: Compression | None,
         cut: Callable[[], None],
         average: ModelEmaV3 | None,
         save: Callable[[], None],
     ) -> None:
-        place, settings = self._place, self._settings
-        if place.batch == len(self._train):  # the checkpoint is of the moment before the evaluation
+        at, settings = self._position, self._settings
+        if at.batch == len(self._train):  # the checkpoint was written right before the evaluation
             return
         trained.model.train()
         losses: list[Tensor] = []  # of the forward passes of a step
         with self._preemption.deferred():
-            for batch in self._watch.batches(self._batches(), place.phase):
+            for batch in self._watch.batches(self._batches(), at.phase):
                 stepped: _Stepped | None = None
-                phase, searching = place.phase, _search_of(compression)
+                phase, searching = at.phase, _search_of(compression)
                 with self._accelerator.accumulate(trained.model):
-                    rate = schedule(place.phase_steps)
+                    rate = schedule(at.phase_steps)
                     for group in trained.optimizer.param_groups:
                         group["lr"] = rate
                     with autocast(self._accelerator, settings):
-                        loss = self._task.loss(
-                            trained.model, batch, settings, place.epoch + place.batch / len(self._train)
-                        )
+                        loss = self._task.loss(trained.model, batch, settings, at.epoch + at.batch / len(self._train))
                     if compression is not None:
                         loss = compression.loss(loss)
                     self._accelerator.backward(loss)
@@ -229,32 +227,32 @@ class Loop:
                         stepped = self._step(trained, torch.stack(losses).mean(), compression, cut)
                         losses.clear()
                     trained.optimizer.zero_grad()
-                place.batch += 1
+                at.batch += 1
                 if stepped is not None:
                     if average is not None:
                         average.update(self._accelerator.unwrap_model(trained.model))
-                    place.phase_steps += 1
-                    place.steps += 1
+                    at.phase_steps += 1
+                    at.steps += 1
                     self._log(phase, stepped.loss, rate, searching)
-                    self.progress.advance(f"{phase} {described}")
+                    self.progress.advance(f"{phase} {of_epochs}")
                     if waiting := self._watch.warning():
                         self.progress.notify(waiting, "yellow")
-                    if stepped.due or stepped.asked or (place.batch == len(self._train) and self._val is not None):
+                    if stepped.due or stepped.asked or (at.batch == len(self._train) and self._val is not None):
                         save()
                     if stepped.asked:
-                        self._preemption.leave(f"A checkpoint was written after step {place.steps}.")
+                        self._preemption.leave(f"A checkpoint was written after step {at.steps}.")
 
     def _batches(self) -> Iterator[Any]:
-        """Yield the batches of the epoch that are still to come."""
-        place = self._place
-        set_epoch(self._train, place.epochs)
-        if not place.batch:
+        """Yield the remaining batches of the epoch."""
+        at = self._position
+        set_epoch(self._train, at.epochs)
+        if not at.batch:
             yield from readable(self._accelerator, self._train)
             return
-        rest = skip_first_batches(self._train, place.batch)
-        set_epoch(rest, place.epochs)
+        rest = skip_first_batches(self._train, at.batch)
+        set_epoch(rest, at.epochs)
         for number, batch in enumerate(readable(self._accelerator, rest)):
-            # Making an iterator draws a number, and the checkpoint is of a moment after that.
+            # Making an iterator draws a random number, and the checkpoint was written after that draw.
             if not number:
                 self._restore_randomness()
             yield batch
@@ -262,66 +260,66 @@ class Loop:
     def _evaluate(
         self,
         model: nn.Module,
-        described: str,
+        of_epochs: str,
         compression: Compression | None,
         average: ModelEmaV3 | None,
         after_epoch: Callable[[nn.Module, dict[str, float]], None] | None,
     ) -> None:
-        place, settings, pruner = self._place, self._settings, _search_of(compression)
+        at, settings, pruner = self._position, self._settings, _search_of(compression)
         after_epoch = after_epoch if pruner is None else None
         if self._val is None:
             if after_epoch is not None:
                 after_epoch(model, {})
             return
         candidates = {"": model}
-        if average is not None and place.phase != "search":
+        if average is not None and at.phase != "search":
             candidates["average"] = average.module
         for name, candidate in candidates.items():
             scores = evaluate(self._accelerator, self._task, settings, candidate, self._val)[0]
             split = self._task.splits["val"]
-            row = {"phase": place.phase, "epoch": place.epoch, "step": place.steps, "split": split}
+            row = {"phase": at.phase, "epoch": at.epoch, "step": at.steps, "split": split}
             self._folder.log(row | ({name: scores} if name else scores))
             words = "  ".join([*([name] if name else ()), *(f"{key} {value:.2f}" for key, value in scores.items())])
             ratio = f"  masked {pruner.current_ratio:.3f}" if pruner is not None else ""
-            self.progress.notify(f"{place.phase} {described}  {split} {words}{ratio}")
+            self.progress.notify(f"{at.phase} {of_epochs}  {split} {words}{ratio}")
             if after_epoch is not None:
                 after_epoch(candidate, scores)
 
     def _step(
         self, trained: Trained, loss: Tensor, compression: Compression | None, cut: Callable[[], None]
     ) -> _Stepped:
-        """Take a step if it is finite."""
-        place = self._place
+        """Take an optimizer step if loss and gradients are finite; skip it otherwise."""
+        at = self._position
         parameters = list(trained.model.parameters())
         if self._settings.sharding == "fsdp":
             average_unsharded(trained.model)
         norm = total_norm(parameters)
         waited = time.monotonic() - self._saved_at >= 60 * self._settings.checkpoint_minutes
-        # All ranks see the same averaged gradients, but each its own loss, clock and signals: they must decide alike.
+        # All ranks have the same gradients, but their own loss, clock and signals; they must reach the same decision.
         votes = torch.stack([loss.float(), *loss.new_tensor([waited, self._preemption.asked]).float()])
         votes = self._accelerator.reduce(votes, "mean")
         finite = torch.isfinite(norm) & torch.isfinite(votes[0])
-        # Read at once: it is the one moment of a step at which the device is waited for.
+        # One transfer: the only synchronisation with the device in a step.
         mean, due, asked, good = torch.cat([votes, finite.to(votes).view(1)]).tolist()
         stepped = _Stepped(mean, due > 0, asked > 0)
         if good:
-            place.bad_in_a_row = 0
+            at.bad_in_a_row = 0
             if compression is not None:
                 compression.before_step()
             if self._settings.clip_grad is not None:
                 clip(parameters, self._settings.clip_grad, norm)
             trained.optimizer.step()
         else:
-            place.bad_steps += 1
-            place.bad_in_a_row += 1
+            at.bad_steps += 1
+            at.bad_in_a_row += 1
             if compression is not None:
                 compression.skip_step()
-            self.progress.notify(f"step {place.steps}: loss or gradients are not finite; the step is skipped", "yellow")
-            if place.bad_in_a_row >= self._settings.max_bad_steps:
+            self.progress.notify(f"step {at.steps}: loss or gradients are not finite; the step is skipped", "yellow")
+            if at.bad_in_a_row >= self._settings.max_bad_steps:
                 raise TrainingError(
-                    f"{place.bad_in_a_row} steps in a row (up to step {place.steps}) had a loss or gradients that are "
-                    f"not finite, max_bad_steps is {self._settings.max_bad_steps}. Lower init_lr, set clip_grad, or "
-                    f"check the data. What was computed before is in {self._folder.path}."
+                    f"{at.bad_in_a_row} steps in a row (up to step {at.steps}) had a loss or gradients that are "
+                    f"not finite; max_bad_steps is {self._settings.max_bad_steps}. Lower init_lr, set clip_grad, or "
+                    f"check the data. Earlier results are in {self._folder.path}."
                 )
         if compression is not None:
             try:
@@ -330,20 +328,20 @@ class Loop:
                 if good:
                     raise
                 raise TrainingError(
-                    f"The search ended at step {place.steps}, whose loss or gradients are not finite, and the model "
+                    f"The search ended at step {at.steps}, whose loss or gradients are not finite, and the model "
                     "could not be cut. Lower init_lr, set clip_grad, or check the data. "
-                    f"What was computed before is in {self._folder.path}."
+                    f"Earlier results are in {self._folder.path}."
                 ) from error
         return stepped
 
     def _log(self, phase: str, loss: float, rate: float, pruner: Pruner | None) -> None:
-        place = self._place
-        if place.steps % self._settings.log_every and place.steps != 1:
+        at = self._position
+        if at.steps % self._settings.log_every and at.steps != 1:
             return
         row: dict[str, Any] = {
             "phase": phase,
-            "epoch": place.epoch,
-            "step": place.steps,
+            "epoch": at.epoch,
+            "step": at.steps,
             "loss": loss,
             "lr": rate,
             "seconds": round(self._folder.seconds, 3),
@@ -363,11 +361,11 @@ class Loop:
     def _save(
         self, model: nn.Module, optimizer: State, compression: Compression | None, average: ModelEmaV3 | None
     ) -> None:
-        """Write a checkpoint; the random numbers of every process are in it."""
+        """Write a checkpoint, with the random state of every process."""
         randomness = gather_object([random_state(self._accelerator.device)])
         if self._accelerator.is_main_process:
             self._folder.checkpoints.write(
-                self._place.steps,
+                self._position.steps,
                 {
                     "settings": self._settings.model_dump(mode="json"),
                     "task": self._task.name,
@@ -375,7 +373,7 @@ class Loop:
                     "records_per_step": self.samples_per_step,
                     "accumulate": self._settings.accumulate,
                     "batches": len(self._train),
-                    "place": asdict(self._place),
+                    "place": asdict(self._position),
                     "phases": self._phases,
                     "notes": self.notes,
                     "model": model.state_dict(),
@@ -392,17 +390,17 @@ class Loop:
     def _restore_randomness(self) -> None:
         assert self._resumed is not None
         states = self._resumed["randomness"]
-        # With another number of processes the draws of dropout differ anyway.
+        # With another number of processes, dropout draws differently anyway.
         restore_random_state(states[self._accelerator.process_index % len(states)], self._accelerator.device)
         self._resumed = None
 
     def _check(self, state: State) -> None:
-        """Refuse to go on with other settings than the run began with."""
+        """Refuse settings that differ from those of the resumed run."""
         before, now = current_names(state["settings"]), self._settings.model_dump(mode="json")
-        # Of what is elsewhere by now the content is compared, where the checkpoint knows it.
+        # Files may have moved: their content is compared instead of their path, if the checkpoint has its digest.
         places = {name for name, value in self._settings if isinstance(value, Path)} | PLACES
         compared = set(now) - self._settings.passing - (places if state.get("identity") else set())
-        fields = type(self._settings).model_fields  # an earlier upop did not know all of them
+        fields = type(self._settings).model_fields  # checkpoints of earlier versions lack some
         before = {name: field.get_default(call_default_factory=True) for name, field in fields.items()} | before
         differing = [
             f"{name} was {before.get(name)!r} and is {value!r}"
@@ -413,39 +411,39 @@ class Loop:
             differing = [f"the task was {state['task']} and is {self._task.name}"]
         elif state["records_per_step"] != self.samples_per_step:
             differing.append(
-                f"a step took {state['records_per_step']} samples (batch_size_train x accumulate x processes) and "
-                f"takes {self.samples_per_step}"
+                f"a step had {state['records_per_step']} samples (batch_size_train x accumulate x processes) and "
+                f"has {self.samples_per_step}"
             )
         if differing:
             raise SettingError(
                 f"The run in {self._folder.path} cannot be resumed with other settings:\n  "
                 + "\n  ".join(differing)
-                + "\nGive the command that it was started with, or another --output-dir."
+                + "\nUse the command that started it, or choose another --output-dir."
             )
 
 
 def _search_of(compression: Compression | None) -> Pruner | None:
-    """Return what searches the model, until it is cut."""
+    """Return the pruner while the search runs, else None."""
     return compression.pruner if compression is not None and compression.searching else None
 
 
 @contextmanager
-def fitting() -> Iterator[None]:
-    """Explain what fails in the block, where the state of a run is given to a model that it may not be of."""
+def explain_misfit() -> Iterator[None]:
+    """Turn errors of loading a checkpoint's state into a `CheckpointError`: it may belong to another model."""
     try:
         yield
     except (RuntimeError, SettingError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"The checkpoint to resume from does not fit the model: {error} Has the file in pretrained changed, or "
-            "the data that decides the model's sizes?"
+            f"The checkpoint to resume from does not fit the model: {error} Check whether the file in pretrained, or "
+            "the data that decides the model's sizes, has changed."
         ) from error
 
 
 def _refuse_older(state: State) -> None:
-    """Refuse a compression that an earlier upop began: it cut at the end of an epoch, for another optimizer."""
+    """Refuse a compression started by an earlier version, which cut at the end of an epoch and made a new optimizer."""
     if "compression" not in state and (state.get("pruner") is not None or "plan" in state["notes"]):
         raise CheckpointError(
-            "The run was begun by an earlier upop, which cut a model at the end of an epoch; this one cuts it in the "
-            "middle of a training, and cannot go on with that. Let the version that began it end it, or begin it anew "
-            "in another --output-dir."
+            "The run was started by an earlier version of upop, which cut the model at the end of an epoch. This "
+            "version cuts it during training and cannot resume such a run. Finish it with the version that started "
+            "it, or start again in another --output-dir."
         )

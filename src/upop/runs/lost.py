@@ -1,4 +1,4 @@
-"""Detects that another process of the run has ended, from broken connections."""
+"""Detects from broken connections that another process of the run has ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def lost_process(error: BaseException, kept: Callable[[], str] = str) -> LostPro
     """Return a LostProcessError for an error about a broken connection to another process; None for others.
 
     Args:
-        error: that ended a command or a run.
+        error: the one that ended a command or a run.
         kept: returns a sentence about the saved state of the run.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, LostProcessError):
@@ -26,7 +26,6 @@ def lost_process(error: BaseException, kept: Callable[[], str] = str) -> LostPro
         return None
     reason = (described.splitlines() or [type(error).__name__])[0].partition(". ")[0]
     return LostProcessError(
-        f"Another process of this run has ended or fallen silent, and this one cannot go on without it: {reason}. The "
-        "cause stands in that process's own message, and under torchrun under 'Root Cause' in the report of the "
-        f"launcher that started it. {kept()}".rstrip()
+        f"Another process of this run has ended or stopped responding, and this one cannot continue without it: "
+        f"{reason}. See the error of that process; torchrun shows it under 'Root Cause'. {kept()}".rstrip()
     )

@@ -22,7 +22,7 @@ from upop.settings import RunSettings
 
 _CGROUP = Path("/sys/fs/cgroup")
 _PASSES = ("batch_size_test", "rerank_batch", "rank_chunk", "window_batch")
-"""Settings that decide how much of an evaluation is in memory at once; a task has some of them."""
+"""Settings that limit the memory of an evaluation; a task has some of them."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_memory(settings: RunSettings, device: torch.device, *, evaluating: bool = False) -> Iterator[None]:
-    """Turn out-of-memory errors of torch within the block into ones that say what to change.
+    """Turn torch's out-of-memory errors within the block into an `OutOfMemoryError` that says what to change.
 
     Raises:
         OutOfMemoryError: there is not enough memory.
@@ -50,8 +50,8 @@ def explained_memory(settings: RunSettings, device: torch.device, *, evaluating:
         advice = _workers(settings) if killed else _evaluation(settings) if evaluating else _training(settings)
         message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise OutOfMemoryError(
-            f"Out of memory on {device}. {advice}\nWhat was computed before is in "
-            f"{settings.output_dir}, and --resume goes on from its last checkpoint. Torch says: {message}"
+            f"Out of memory on {device}. {advice}\nEarlier results are in {settings.output_dir}; --resume continues "
+            f"from the last checkpoint. Torch says: {message}"
         ) from error
 
 
@@ -67,32 +67,31 @@ def _training(settings: RunSettings) -> str:
     if not settings.amp:
         ways.append("amp (--amp) halves most activations")
     if not settings.grad_checkpointing:
-        ways.append("grad_checkpointing (--grad-checkpointing) computes activations again instead of keeping them")
-    described = "; ".join(ways)
+        ways.append("grad_checkpointing (--grad-checkpointing) recomputes activations instead of storing them")
     return (
-        f"Training takes batches of {size} samples (batch_size_train) and {passes} of them per step. To change: "
-        f"{described}."
+        f"Training uses batches of {size} samples (batch_size_train), {passes} per step. To save memory: "
+        f"{'; '.join(ways)}."
     )
 
 
 def _evaluation(settings: RunSettings) -> str:
     values = {name: getattr(settings, name) for name in _PASSES if hasattr(settings, name)}
-    described = ", ".join(f"{name} (now {value})" for name, value in values.items())
+    names = ", ".join(f"{name} (now {value})" for name, value in values.items())
     amp = "" if settings.amp else "; amp (--amp) halves most activations"
-    return f"It is evaluated. To change: lower {described}, which changes no result{amp}."
+    return f"This happened in an evaluation. Lower {names}, which changes no result{amp}."
 
 
 def _workers(settings: RunSettings) -> str:
     return (
-        f"The system ended a process that decodes images. To change: lower num_workers (now {settings.num_workers}) or "
-        "batch_size_train and batch_size_test, for each worker holds two batches."
+        f"The system ended a worker process of a loader. Lower num_workers (now {settings.num_workers}), or "
+        "batch_size_train and batch_size_test: each worker holds two batches."
     )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory for this process, of its CUDA device or of the machine.
+    """Return the free bytes for this process, of its CUDA device or of the machine.
 
-    A container may have less than the machine, and the training processes of a machine share it.
+    The limit of a container counts, and the training processes of a machine share its memory.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -107,12 +106,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Return a number of bytes in words: 1.50 GiB, 12.0 MiB."""
+    """Return a number of bytes with its unit: 1.50 GiB, 12.00 MiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """Return the peak bytes of tensors created in `step`, without workspace of kernels."""
+    """Return the peak bytes of tensors created in `step`, without kernel workspaces."""
     alive = _Alive()
     with alive:
         step()
@@ -164,7 +163,7 @@ def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
     def pack(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place not in own:
-            kept[place] = tensor  # held, so that no other tensor takes its place
+            kept[place] = tensor  # kept alive, so that no other tensor reuses its address
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -16,13 +16,13 @@ from upop.runs.task import Batch, Task
 from upop.settings import RunSettings
 
 SAMPLES = 128
-"""Calibration samples, if no setting gives their number."""
+"""Default number of calibration samples."""
 TOWERS = {"vision": "vision", "text": "text", "language": "text", "projector": "other", "other": "other"}
-"""What `include` calls the parts of a model -> the modality of their groups."""
+"""Name of a tower in `include` -> modality of its groups."""
 
 
 def calibration_batches(loader: Any, settings: RunSettings) -> list[Batch]:
-    """Return batches of samples that are drawn from the training data, the same ones for the same seed.
+    """Return batches of samples drawn from the training data; the seed decides which.
 
     Args:
         loader: of the training data.
@@ -39,7 +39,7 @@ def calibration_batches(loader: Any, settings: RunSettings) -> list[Batch]:
 
 
 def loss_of(task: Task[Any], settings: RunSettings) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return (model, batch) -> the task's loss, on the device of the model."""
+    """Return a function (model, batch) -> the task's loss, a scalar on the model's device."""
     return partial(_loss, task, settings)
 
 
@@ -50,7 +50,7 @@ def _loss(task: Task[Any], settings: RunSettings, model: nn.Module, batch: Batch
 
 
 def towers(model: nn.Module, include: Sequence[str], *, width: bool = False) -> list[str] | None:
-    """Return the names and patterns of groups that `include` stands for, towers by their names; None for all.
+    """Return `include` with the names of towers replaced by the names of their groups; None if it is empty.
 
     Raises:
         SettingError: a tower has no group.
@@ -66,6 +66,8 @@ def towers(model: nn.Module, include: Sequence[str], *, width: bool = False) -> 
         names = [group.name for group in groups if group.modality == TOWERS[each]]
         if not names:
             there = sorted({group.modality for group in groups})
-            raise SettingError(f"--include {each}: the model has no group there; its groups are of {', '.join(there)}.")
+            raise SettingError(
+                f"--include {each}: the model has no group there. Its groups belong to {', '.join(there)}."
+            )
         found += names
     return found

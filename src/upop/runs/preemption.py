@@ -1,4 +1,4 @@
-"""Handles SIGTERM, which clusters send before they reclaim a machine, and Ctrl-C: the run saves and ends."""
+"""Handles SIGTERM, which clusters send before they reclaim a machine, and Ctrl-C: the run saves its state and ends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from upop.errors import PreemptedError
 from upop.runs.limits import end_without_descriptors
 
-_UNTOLD, _ANSWERING, _ENDED = range(3)
+_RUNNING, _ANSWERING, _ENDED = range(3)
 _PATIENCE_SECONDS = 5
-# What the main process does about a signal that its workers, which got it too, see; they share the memory.
-_doing = torch.full((), _ENDED, dtype=torch.uint8).share_memory_()
+# State of the main process, in memory shared with its workers, which receive the same signals.
+_state = torch.full((), _ENDED, dtype=torch.uint8).share_memory_()
 _TERMINATED = "The run was asked to end (SIGTERM). "
 _INTERRUPTED = "The run was interrupted (Ctrl-C). "
 
@@ -29,16 +29,16 @@ class _AskedToEnd(BaseException):
 
 
 class Preemption:
-    """Answers SIGTERM while it is entered: by `PreemptedError`, at once, or after the step within `deferred`.
+    """A context manager that turns SIGTERM into `PreemptedError`: at once, or after the step within `deferred`.
 
-    It answers Ctrl-C by `KeyboardInterrupt` in the same way, in a run of one process (torchrun ends several), and where
-    nobody else handles it. Pressed a second time, Ctrl-C does not wait for the step.
+    Ctrl-C becomes `KeyboardInterrupt` in the same way, in a run of one process (torchrun ends several) without another
+    handler. A second Ctrl-C does not wait for the step.
 
     Args:
         auto: whether a restarted run resumes by itself, so that messages recommend no flag.
 
     Attributes:
-        asked: whether a signal came.
+        asked: whether a signal has arrived.
     """
 
     def __init__(self, auto: bool = False) -> None:
@@ -49,8 +49,8 @@ class Preemption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Install the signal handlers; only a main thread can."""
-        _doing.fill_(_UNTOLD)
+        """Install the signal handlers, if this is the main thread."""
+        _state.fill_(_RUNNING)
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._answer)
             alone = os.environ.get("WORLD_SIZE", "1") == "1"
@@ -61,11 +61,11 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back; what SIGTERM raised, or what a library made of that, becomes a `PreemptedError`.
+        """Restore the signal handlers; raise `PreemptedError` after SIGTERM, also if a library wrapped the error.
 
-        An interrupt that says nothing is given words.
+        A `KeyboardInterrupt` without a message gets one.
         """
-        _doing.fill_(_ENDED)
+        _state.fill_(_ENDED)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if error is not None:
@@ -77,7 +77,7 @@ class Preemption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only record signals within the block, which checks for them between steps."""
+        """Only record signals within the block, which must check `asked` between steps."""
         self._deferred = True
         try:
             yield
@@ -87,17 +87,17 @@ class Preemption:
             self.leave()
 
     def leave(self, saved: str = "") -> None:
-        """Raise `PreemptedError`, or after Ctrl-C `KeyboardInterrupt`, with what was saved, in words."""
-        described = saved or "What was saved before is there; the work since then is done again."
-        described += f" The same command {'' if self._auto else 'with --resume auto '}goes on."
+        """Raise `PreemptedError`, or `KeyboardInterrupt` after Ctrl-C; `saved` says what was saved."""
+        message = saved or "Earlier checkpoints are kept; the work since then is lost."
+        message += f" The same command {'' if self._auto else 'with --resume auto '}continues the run."
         if self._interrupted:
-            raise KeyboardInterrupt(_INTERRUPTED + described)
-        raise PreemptedError(_TERMINATED + described)
+            raise KeyboardInterrupt(_INTERRUPTED + message)
+        raise PreemptedError(_TERMINATED + message)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.asked = True
-        _doing.fill_(_ANSWERING)
+        _state.fill_(_ANSWERING)
         if not self._deferred:
             raise _AskedToEnd
 
@@ -109,10 +109,10 @@ class Preemption:
 
 
 def prepare_worker(worker: int) -> None:
-    """Have a process that makes batches outlive signals that reach all processes of a run: it may be needed to save.
+    """Keep a worker of a loader alive on signals that reach all processes of a run: the last step may need its batch.
 
-    Ctrl-C is the main process's, which ends its workers. SIGTERM ends a worker unless the main one got it too: that
-    may be taking its last step.
+    The main process handles Ctrl-C and ends its workers. SIGTERM ends a worker only if the main process did not get it
+    too.
     """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -122,12 +122,12 @@ def prepare_worker(worker: int) -> None:
 
 def _answer_in_worker(number: int, frame: FrameType | None) -> None:
     del frame
-    # The main process answers between two operations, and one of them may take a while.
+    # The main process handles the signal between two operations, and one may take a while.
     for _ in range(10 * _PATIENCE_SECONDS):
-        if int(_doing) == _ANSWERING:
+        if int(_state) == _ANSWERING:
             return
-        if int(_doing) == _ENDED:
-            os._exit(0)  # the main process has no more use for it
+        if int(_state) == _ENDED:
+            os._exit(0)  # the main process no longer needs this worker
         time.sleep(0.1)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

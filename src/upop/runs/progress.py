@@ -1,7 +1,6 @@
-"""What a run reports while it runs: a progress bar with the time left, and lines, which are log records as well.
+"""Progress of a run: a bar with the remaining time, and lines of text.
 
-The logger `upop.runs` gets every line: at level INFO, or WARNING for what a user should look into. A level above these
-silences the lines, and handlers send them elsewhere too.
+The logger `upop.runs` gets every line, at level INFO or WARNING. A higher level silences the console too.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from rich.progress import (
 from upop.plain import as_text
 
 LOGGER = logging.getLogger("upop.runs")
-LOGGER.addHandler(logging.NullHandler())  # the console shows the lines; Python would print warnings once more
+LOGGER.addHandler(logging.NullHandler())  # the console shows the lines; Python would print warnings a second time
 LOGGER.setLevel(logging.INFO)
 
 
@@ -59,7 +58,7 @@ class RunProgress:
         self._bar.stop()
 
     def start_at(self, steps: int) -> None:
-        """Start at a number of earlier steps, which do not count for the estimated time."""
+        """Start at a number of earlier steps, which do not count for the remaining time."""
         self._bar.reset(self._task, completed=steps)  # an update would count as speed
 
     def advance(self, description: str) -> None:
@@ -70,8 +69,8 @@ class RunProgress:
         """Log a line and print it above the bar, on the main process.
 
         Args:
-            line: what to say; no markup in it is interpreted.
-            style: of rich, for the console. A line with a style is a warning.
+            line: plain text; markup is not interpreted.
+            style: one of rich's, for the console. A line with a style is a warning.
         """
         level = logging.WARNING if style else logging.INFO
         if self._main and LOGGER.isEnabledFor(level):

@@ -1,4 +1,4 @@
-"""The random number generators of a process, as tensors and numbers that a checkpoint holds."""
+"""Saves and restores the random number generators of a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of every generator that training may draw from: torch's, the device's, NumPy's and Python's."""
+    """Return the state of all generators (torch, CUDA, NumPy, Python) as tensors and numbers, for a checkpoint."""
     version, words, gauss = random.getstate()
     name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -23,7 +23,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restore the generators to a result of `random_state`."""
+    """Restore the generators to a state from `random_state`."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,4 @@
-"""One run of a task: its accelerator, folder, data and console, and what all verbs do at their start and end."""
+"""One run of a task: its accelerator, directory, data and console. All verbs start and end here."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, results_table
 from upop.report.shares import GroupShare
 from upop.runs.adapters import Adapters
-from upop.runs.bad_images import BadImage, BadImages, counted
+from upop.runs.bad_images import BadImage, BadImages, scored_indices
 from upop.runs.batch import find_batch_size
 from upop.runs.devices import agreed, make_accelerator
 from upop.runs.evaluation import evaluate, samples_of
-from upop.runs.evaluations import is_beside, place_of, write_summary
+from upop.runs.evaluations import evaluation_folder, is_evaluation_folder, write_summary
 from upop.runs.examples import write_examples
 from upop.runs.folder import RunFolder
 from upop.runs.identity import changes, content_digest, identity_of
@@ -48,7 +48,7 @@ from upop.runs.progress import RunProgress
 from upop.runs.schedules import first_rate
 from upop.runs.story import story_of
 from upop.runs.task import Task
-from upop.runs.tokens import merge_as_asked
+from upop.runs.tokens import merge_by_settings
 from upop.runs.trackers import Trackers, check_trackers
 from upop.settings import RunSettings
 
@@ -56,21 +56,29 @@ Metrics = dict[str, dict[str, float]]
 """Split (its published name) -> metric -> value in percent."""
 
 
-def _refuse_among_data(settings: RunSettings) -> None:
-    """Refuse an `output_dir` in which what the run writes would be taken for data, before it is made."""
+def _check_output_dir(settings: RunSettings) -> None:
+    """Refuse an `output_dir` inside a data folder: every file and folder there is read as data."""
     place = Path(os.path.realpath(settings.output_dir))
     for folder in settings.listed_folders:
         if place.is_relative_to(os.path.realpath(folder)):
             raise SettingError(
-                f"output_dir={settings.output_dir} lies in {folder}, where all images and folders are data. "
+                f"output_dir={settings.output_dir} lies in {folder}, where every image and folder is read as data. "
                 "Nothing was written. Choose another --output-dir."
             )
 
 
 class Run:
-    """One run: its accelerator, folder, data and console; and what all verbs do at their start and end.
+    """One run: its accelerator, directory, data and console. All verbs start and end here.
 
-    Leaving it ends the processes that make its batches.
+    A context manager: leaving it ends the worker processes and releases the directory.
+
+    Args:
+        task: data, model, loss and metrics.
+        settings: of the run.
+        verb: "train", "compress" or "evaluate".
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or run directory are not usable.
     """
 
     def __init__(self, task: Task[Any], settings: RunSettings, verb: str) -> None:
@@ -79,11 +87,11 @@ class Run:
         self._main = self.accelerator.is_main_process
         self._progress = RunProgress(0, self._main)
         if verb == "evaluate":
-            self.settings = settings = self._beside(settings)
+            self.settings = settings = self._evaluation_settings(settings)
         self._prepared: dict[str, Any] = {}
         self.adapters: Adapters | None = None
         check_trackers(settings.trackers)
-        _refuse_among_data(settings)
+        _check_output_dir(settings)
         self.folder = RunFolder(settings.output_dir, self._main, settings.keep_checkpoints, notify=self.notify)
         try:
             self._begin(settings)
@@ -115,23 +123,23 @@ class Run:
         prepared = {"task": task.name} if task.model_prepares else sample(task, settings)
         self.folder.preparation, self.folder.tokenizer = prepared, task.tokenizer(settings)
         self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
-        self._format_rate = False
-        self._identity = None if verb == "evaluate" else self._same_as_before()
+        self._rate_reported = False
+        self._identity = None if verb == "evaluate" else self._check_identity()
         if self._resumed is None:
             self.folder.start(settings, task.name, verb)
         else:
-            self.folder.go_on(settings, task.name, verb, self._resumed["notes"].get("changes", []))
-            self._bad_images.know(self.folder.bad_images())
-        self._bad_images.report = self._tell_bad_image
+            self.folder.restore(settings, task.name, verb, self._resumed["notes"].get("changes", []))
+            self._bad_images.restore(self.folder.bad_images())
+        self._bad_images.report = self._report_bad_image
 
     def __enter__(self) -> Self:
-        """The run has begun."""
+        """Return the run; it has already started."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End its workers, and give its folder back; what the system refused the run becomes an error of ours."""
+        """End the workers and release the directory; explain errors of the system and of lost processes."""
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
@@ -142,11 +150,11 @@ class Run:
             self.folder.close()
         if error is None:
             return
-        explained = lost_process(error, self._kept) or explained_limit(error, self._kept)
+        explained = lost_process(error, self._resume_hint) or explained_limit(error, self._resume_hint)
         if explained is not None:
             raise explained from error
 
-    def _kept(self) -> str:
+    def _resume_hint(self) -> str:
         if self._verb == "evaluate":
             return ""
         step = self.folder.checkpoints.latest()
@@ -154,14 +162,16 @@ class Run:
             return "No checkpoint had been written yet: the same command starts the run again."
         return f"What was written before is kept: the same command with --resume goes on from step {step}."
 
-    def _beside(self, settings: RunSettings) -> RunSettings:
-        """Return the settings of an evaluation with an `output_dir` that is not the run's, nor the model's, own."""
+    def _evaluation_settings(self, settings: RunSettings) -> RunSettings:
+        """Return the settings of an evaluation, with an `output_dir` outside the evaluated run or model."""
         checkpoint = self.checkpoint()
-        place = agreed(self.accelerator, lambda: place_of(self.task.name, settings, lambda: content_digest(checkpoint)))
+        place = agreed(
+            self.accelerator, lambda: evaluation_folder(self.task.name, settings, lambda: content_digest(checkpoint))
+        )
         return settings.model_copy(update={"output_dir": place})
 
     def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
-        """Return the content of the newest checkpoint, if the run is to resume from one."""
+        """Return the newest checkpoint if the run resumes, else None."""
         if self.settings.resume == "no" or self._verb == "evaluate":
             return None
         held: dict[str, Any] = {}
@@ -173,25 +183,27 @@ class Run:
             held.update(found[1])
             return found[0].name
 
-        # It alone is sure to see what it wrote.
+        # Only the main process is sure to see the files that it wrote.
         name = agreed(self.accelerator, newest)
         if name is None and self.settings.resume == "must":
             raise CheckpointError(
-                f"--resume was asked for, and {self.folder.path} holds no checkpoint. Give the output_dir of the run, "
-                "or use --resume auto, which starts a run that has none."
+                f"--resume was given, but {self.folder.path} holds no checkpoint. Give the output_dir of the run, "
+                "or use --resume auto, which starts a new run if there is none."
             )
         if name is None or held:
             return held or None
         try:
             return self.folder.checkpoints.read(name, whole=True)
         except CheckpointError as error:
-            raise CheckpointError(f"{error} The main process can read it: all must see the same run folder.") from error
+            raise CheckpointError(
+                f"{error} The main process can read it; all processes must see the same run directory."
+            ) from error
 
-    def _same_as_before(self) -> Mapping[str, Any]:
-        """Return what decides the result besides the settings; of a resumed run it must be what it was.
+    def _check_identity(self) -> Mapping[str, Any]:
+        """Return the inputs besides the settings that decide the result; compare them with those of a resumed run.
 
         Raises:
-            SettingError: it is not, and is not allowed to be otherwise.
+            SettingError: they differ, and `allow_changes` is off.
         """
         settings = self.settings
         named = getattr(settings, "tokenizer", None)
@@ -214,59 +226,57 @@ class Run:
         before = self._resumed.get("identity") if self._resumed is not None else None
         if self._resumed is None or before is None:
             return now
-        described, notes = changes(before, now)
-        if described and not settings.allow_changes:
+        decisive, minor = changes(before, now)
+        if decisive and not settings.allow_changes:
             raise SettingError(
-                f"The run in {self.folder.path} cannot be resumed as if nothing had changed:\n  "
-                + "\n  ".join(described)
-                + "\nBring back what it began with, or go on all the same with --allow-changes, which notes this in "
+                f"The run in {self.folder.path} cannot be resumed, because its inputs have changed:\n  "
+                + "\n  ".join(decisive)
+                + "\nRestore the original inputs, or resume anyway with --allow-changes, which records the changes in "
                 "versions.json and in the report."
             )
-        for change in (*described, *notes):
+        for change in (*decisive, *minor):
             self.notify(change, "yellow")
-        if described:
-            noted = {"step": self._resumed["place"]["steps"], "changed": described}
+        if decisive:
+            noted = {"step": self._resumed["place"]["steps"], "changed": decisive}
             earlier = self._resumed["notes"].get("changes", [])
             self._resumed = {**self._resumed, "notes": {**self._resumed["notes"], "changes": [*earlier, noted]}}
         return now
 
     def notify(self, line: str, style: str = "") -> None:
-        """Log a line and print it above the progress bar, on the main process, in a style of rich."""
+        """Log a line and print it above the progress bar, on the main process; `style` is one of rich's."""
         self._progress.notify(line, style)
 
-    def _tell_bad_image(self, image: BadImage) -> None:
+    def _report_bad_image(self, image: BadImage) -> None:
         self.folder.save_bad_images(self._bad_images.rows())
         count, most = len(self._bad_images), self.settings.skip_bad_images
         self.notify(f"unreadable image file {count}, of at most {most}: {image.described()}", "yellow")
 
     def checkpoint(self) -> Path:
-        """Return where the checkpoint that the settings name lies; once per machine, what lies elsewhere is fetched."""
+        """Return the local path of `pretrained`; one process per machine downloads it if it is remote."""
         if not self.settings.pretrained:
-            raise SettingError(
-                "A checkpoint to start from is needed, and none was given. Set pretrained (--pretrained)."
-            )
+            raise SettingError("A checkpoint is needed, and none was given. Set pretrained (--pretrained).")
         with self.accelerator.local_main_process_first():
             return local_path(self.settings.pretrained)
 
     def pretrained(self, *, training: bool) -> nn.Module:
-        """Return the model in the checkpoint that the settings name, fit for the run's data."""
+        """Return the model in `pretrained`, adapted to the run's data."""
         model = self.adapted(self.task.load(self.checkpoint(), self.settings), training=training)
-        return model if training else merge_as_asked(model, self.settings)
+        return model if training else merge_by_settings(model, self.settings)
 
     def adapted(self, model: nn.Module, *, training: bool) -> nn.Module:
-        """Return a loaded model made fit for the run's data, and say what was changed."""
+        """Return a loaded model adapted to the run's data, and report every change."""
         model, changes = self.task.adapt(model, self.settings, training=training)
         for change in changes:
             self.notify(change)
         return model
 
     def settle(self, model: nn.Module) -> None:
-        """Make the model as it is trained, and find the batch that fits, where the settings ask for that."""
+        """Turn on gradient checkpointing and find the batch size, if the settings ask for it."""
         if self.settings.grad_checkpointing:
             checkpoint_blocks(model)
         if not self.settings.batch_size_auto:
             return
-        if self._resumed is not None:  # a resumed run goes on with the batch that was found
+        if self._resumed is not None:  # a resumed run keeps the batch size that it found
             sizes = {name: self._resumed["settings"][name] for name in ("batch_size_train", "accumulate")}
         else:
             found = find_batch_size(
@@ -275,7 +285,7 @@ class Run:
                 self.settings,
                 model,
                 self.loaders["train"],
-                taught=self._verb == "compress" and bool(self.settings.distill_weight),
+                distilled=self._verb == "compress" and bool(self.settings.distill_weight),
             )
             self.notify(found.described())
             sizes = {"batch_size_train": found.size, "accumulate": found.accumulate}
@@ -286,10 +296,10 @@ class Run:
             self.folder.write_settings(self.settings)
 
     def first_rate(self, loop: Loop) -> float:
-        """Return the learning rate that training begins with, and say it where it follows from the batch."""
+        """Return the initial learning rate, and report it once if it is scaled with the batch."""
         rate = first_rate(self.settings, loop.samples_per_step)
-        if self.settings.lr_batch is not None and not self._format_rate:
-            self._format_rate = True
+        if self.settings.lr_batch is not None and not self._rate_reported:
+            self._rate_reported = True
             self.notify(
                 f"learning rate {rate:.3g}: init_lr ({self.settings.init_lr:g}) x {loop.samples_per_step} samples per "
                 f"step / lr_batch ({self.settings.lr_batch})"
@@ -298,7 +308,7 @@ class Run:
 
     @contextmanager
     def training(self, epochs: int, preemption: Preemption) -> Iterator[Loop]:
-        """Give a loop, which goes on where a resumed run stood, and show one bar over `epochs` epochs."""
+        """Yield a loop, resumed if the run is, and show one progress bar over `epochs` epochs."""
         self._prepared["train"] = self.accelerator.prepare(self.loaders["train"])
         loop = Loop(
             self.accelerator,
@@ -323,11 +333,11 @@ class Run:
         ):
             loop.progress = self._progress
             if self._resumed is not None:
-                self.notify(f"goes on after step {loop.steps}")
+                self.notify(f"resumed after step {loop.steps}")
             yield loop
 
     def evaluate(self, model: nn.Module) -> Metrics:
-        """Return all metrics per split, by the split's published name, and write what evaluation servers take."""
+        """Return all metrics by split, under its published name, and write the files for evaluation servers."""
         found = {}
         for split in self._held_out:
             loader = self._prepared[split]
@@ -336,24 +346,24 @@ class Run:
             self.folder.save_files(self.task.files(predictions, samples_of(loader), self.settings, split))
         return found
 
-    def described_of(self, model: nn.Module) -> str:
-        """Return how good a model is before it is retrained, if there is a split to tell."""
+    def before_retraining(self, model: nn.Module) -> str:
+        """Return the validation score of a model before retraining, in words; "" without a validation split."""
         if "val" not in self._held_out:
             return ""
         loader = self._prepared["val"]
         scores = evaluate(self.accelerator, self.task, self.settings, model, loader)[0]
-        return f"; before retraining  {self.described({self.task.splits['val']: scores})}"
+        return f"; before retraining  {self.format_scores({self.task.splits['val']: scores})}"
 
-    def described(self, metrics: Metrics) -> str:
-        """Return the deciding metric per split, in words."""
+    def format_scores(self, metrics: Metrics) -> str:
+        """Return the deciding metric of each split, in words."""
         named = ((split, self.task.deciding(scores), scores) for split, scores in metrics.items())
         return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, name, scores in named if name in scores)
 
     def keep_best(self, loop: Loop, model: nn.Module) -> Callable[[nn.Module, dict[str, float]], None]:
-        """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best".
+        """Return a callback for the end of an epoch: it saves `model` as "last", and the best one so far as "best".
 
-        Of epochs that are equally good, as happens with few held-out samples, the one with the lowest loss is the best,
-        and the first one where a task has no loss among its scores.
+        The model and its moving average compete. On equal scores, which few held-out samples often give, the lowest
+        loss decides; without a loss, the first epoch.
         """
 
         def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
@@ -373,16 +383,16 @@ class Run:
             self.folder.save_model(name, model)
 
     def best(self, model: nn.Module) -> tuple[nn.Module, Metrics]:
-        """Return `model` with the best epoch's weights, and its metrics on all splits that were held out."""
+        """Return `model` with the weights of the best epoch, and its metrics on all held-out splits."""
         self.accelerator.wait_for_everyone()
         best = self.folder.path / "best"
-        # Files of transformers may be several, and name tensors as its older versions did.
+        # transformers may shard files, and rename tensors as its older versions named them.
         state = load(best).state_dict() if is_pretrained(model) else read_weights(best / WEIGHTS)
         model.load_state_dict(state)
         return model, self.evaluate(model)
 
     def finish(self, models: Mapping[str, tuple[nn.Module, Metrics]], plan: Plan | None = None) -> Results | None:
-        """Measure sizes and latency side by side, write results, figures, card and examples, and show the table."""
+        """Measure sizes and latency; write results, figures, model card and examples; print the table."""
         if not self._main:
             return None
         left_out = {self.task.splits[split]: counts for split in self._held_out if (counts := self._left_out(split))}
@@ -394,8 +404,8 @@ class Run:
         if plan is not None:
             dense = next(iter(models.values()))[0]
             self._save_figure(kept_share_figure(GroupShare.of(find_groups(dense), plan)), "kept")
-            described = [change for each in self.folder.changes() for change in each["changed"]]
-            write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command(), described))
+            changed = [change for each in self.folder.changes() for change in each["changed"]]
+            write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command(), changed))
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
             scores = results.dense.metrics.get(val, {})
@@ -404,30 +414,30 @@ class Run:
             self._save_figure(history_figure(rows, metric=name, dense=baseline), "history")
         self._progress.console.print(results_table(results))
         self._keep_examples({name: model for name, (model, _) in models.items()}, results)
-        if self._verb == "evaluate" and is_beside(path):
+        if self._verb == "evaluate" and is_evaluation_folder(path):
             about = {"task": self.task.name, "pretrained": self.settings.pretrained}
             summary = write_summary(path, results.content(), about)
-            self.notify(f"The run stays as it is; written to {summary} and {path}/. As a page: upop report {path}")
+            self.notify(f"Written to {summary} and {path}/; the run is unchanged. As a page: upop report {path}")
         else:
-            kept = "results.json" if self._verb == "evaluate" else "results.json, metrics.jsonl, figures/, best/"
-            self.notify(f"Written to {path}: {kept}. As a page: upop report {path}")
+            files = "results.json" if self._verb == "evaluate" else "results.json, metrics.jsonl, figures/, best/"
+            self.notify(f"Written to {path}: {files}. As a page: upop report {path}")
         return results
 
     def _save_figure(self, figure: Figure, name: str) -> None:
         save_figure(figure, self.folder.claim(f"figures/{name}.png"), overwrite=True)
 
     def _left_out(self, split: str) -> tuple[int, int] | None:
-        """Return how many samples of a split did not count because no one can read them, and of how many."""
-        samples, kept = self.loaders[split].dataset, counted(self.loaders[split])
+        """Return how many samples of a split were unreadable, and how many there are; None if all were read."""
+        samples, kept = self.loaders[split].dataset, scored_indices(self.loaders[split])
         total = len(samples)  # type: ignore[arg-type]
         return None if kept is None else (total - len(kept), total)
 
     def _keep_examples(self, models: Mapping[str, nn.Module], results: Results) -> None:
-        """Keep what all models answer to some samples of the last split that has true answers, if any has."""
+        """Write the answers of all models to some samples, of the last split with ground truth if there is one."""
         if not self.settings.examples:
             return
-        described = results.models[-1].metrics
-        splits = [split for split in self._held_out if described.get(self.task.splits[split])] or list(self._held_out)
+        metrics = results.models[-1].metrics
+        splits = [split for split in self._held_out if metrics.get(self.task.splits[split])] or list(self._held_out)
         if splits:
             samples, name = samples_of(self._prepared[splits[-1]]), self.task.splits[splits[-1]]
             write_examples(self.task, models, samples, self.settings, name, self.folder.path / "examples")
@@ -436,9 +446,13 @@ class Run:
 def measure(
     task: Task[Any], models: Mapping[str, tuple[nn.Module, Metrics]], device: torch.device, batch_size: int
 ) -> Results:
-    """Return parameters, GMACs and latency of models and their metrics; the first model is what others compare with.
+    """Return parameters, GMACs, latency and metrics of models; the first model is the baseline.
 
-    GMACs are of one sample of the published size; latencies, of `batch_size` such samples, are measured in alternation.
+    Args:
+        task: gives example inputs and counts parameters.
+        models: name -> model and its metrics.
+        device: of the measurement; the models move there.
+        batch_size: samples per forward pass for latency. GMACs are those of one sample, of the published size.
     """
     built = {name: model.to(device) for name, (model, _) in models.items()}
     first = next(iter(built.values()))

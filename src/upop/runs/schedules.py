@@ -11,11 +11,11 @@ from upop.errors import SettingError
 from upop.settings import RunSettings
 
 Schedule = Callable[[int], float]
-AT_ONCE = ("magnitude", "one-shot")
-"""Methods that cut before anything is trained."""
+ONE_SHOT_METHODS = ("magnitude", "one-shot")
+"""Methods that cut once, before training."""
 _POWER = 0.9  # of the published polynomial schedule
 _WARMUP = 0.05
-"""Share of all steps in which the rate climbs, where search and retraining have one schedule."""
+"""Share of all steps for the warm-up, if search and retraining share one schedule."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Phases:
 
     Attributes:
         search_steps: number of search steps, after which the model is cut.
-        search: epochs of a separate search, as published; otherwise the search is the beginning of `retrain`.
-        retrain: all other epochs.
+        search: epochs of a separate search, as published; 0 if the search is the beginning of `retrain`.
+        retrain: the other epochs.
     """
 
     search_steps: int
@@ -35,17 +35,17 @@ class Phases:
 
 def check_epochs(settings: RunSettings) -> None:
     """Raise a `SettingError` if a compression has too few epochs to search and to retrain."""
-    if settings.all_epochs < 2 and settings.method not in AT_ONCE:
+    if settings.all_epochs < 2 and settings.method not in ONE_SHOT_METHODS:
         raise SettingError(
-            f"epochs: {settings.all_epochs} is too few for method {settings.method}, which searches, cuts the model, "
-            "and retrains it for one epoch at least. Give 2 or more (--epochs 2)."
+            f"epochs: {settings.all_epochs} is too few for method {settings.method}, which searches, cuts the model "
+            "and retrains it for at least one epoch. Give 2 or more (--epochs 2)."
         )
 
 
 def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
-    """Return the phases of a compression; they take equally many epochs in all, whatever the method."""
+    """Return the phases of a compression; their total of epochs does not depend on the method."""
     epochs = settings.all_epochs
-    if settings.method in AT_ONCE:
+    if settings.method in ONE_SHOT_METHODS:
         return Phases(0, 0, epochs)
     if settings.method == "reference":
         return Phases(
@@ -54,7 +54,7 @@ def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
     total = epochs * steps_per_epoch
     steps = min(
         search_steps(total, settings.search_share), total - steps_per_epoch
-    )  # one epoch at least is left to retrain
+    )  # leaves at least one epoch of retraining
     return Phases(steps, 0, epochs)
 
 
@@ -64,28 +64,28 @@ def first_rate(settings: RunSettings, samples: int) -> float:
 
 
 def compression_rates(settings: RunSettings, highest: float, steps_per_epoch: int) -> tuple[Schedule, Schedule]:
-    """Return the schedules of a search that is a training of its own, and of the other epochs.
+    """Return the learning rate schedules of the search and of retraining.
 
-    The published recipe searches at a constant rate, and lets that of retraining fall; other methods have one training,
-    whose rate warms up and falls once.
+    The published recipe searches at a constant rate, and decays it in retraining. Other methods have one schedule, with
+    one warm-up and one decay.
     """
     planned = phases(settings, steps_per_epoch)
     if settings.method == "reference":
         rate = highest if settings.search_lr is None else settings.search_lr
-        return lambda _step: rate, falling(settings, highest, planned.retrain, steps_per_epoch)
-    whole = falling(settings, highest, planned.retrain, steps_per_epoch, warmup=_WARMUP)
+        return lambda _step: rate, decay(settings, highest, planned.retrain, steps_per_epoch)
+    whole = decay(settings, highest, planned.retrain, steps_per_epoch, warmup=_WARMUP)
     return whole, whole
 
 
-def falling(settings: RunSettings, highest: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0) -> Schedule:
-    """Return the schedule from `highest` down to `min_lr` that the settings choose, after a warm-up.
+def decay(settings: RunSettings, highest: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0) -> Schedule:
+    """Return the schedule of the settings, a warm-up and a decay from `highest` to `min_lr`.
 
     Args:
         settings: of the run.
         highest: learning rate after the warm-up.
-        epochs: that it spans.
+        epochs: length of the schedule.
         steps_per_epoch: optimizer steps.
-        warmup: share of all steps that warm up, where the settings do not say how many.
+        warmup: share of all steps for the warm-up, if the settings give none.
     """
     by_epoch = settings.schedule == "epoch"
     total = epochs if by_epoch else epochs * steps_per_epoch

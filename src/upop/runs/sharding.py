@@ -1,8 +1,7 @@
 """FSDP2 in the training loop: shards weights, gradients and optimizer state over the processes of a run.
 
-Accelerate limits FSDP to GPUs; `fully_shard` works on any device, so that two processes on a CPU can test it. Each
-phase trains a sharded copy while the model itself waits on the CPU, and gets the full weights back for evaluation,
-saving and the cut. Everything except the training steps thus works on an ordinary model.
+Accelerate limits FSDP to GPUs; `fully_shard` works on any device, so two CPU processes can test it. Each phase trains a
+sharded copy. The model itself stays on the CPU, and gets the full weights back for evaluation, saving and the cut.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Search(Protocol):
     """A search or teacher that can move to another copy of the model."""
 
     def move_to(self, model: nn.Module) -> None:
-        """Go on with another copy of the model."""
+        """Continue with another copy of the model."""
         ...
 
 
@@ -40,16 +39,16 @@ class Sharding:
     """The sharded copy of a model that one phase trains.
 
     Args:
-        model: the model, with its masks if it has any; it waits on the CPU from now on.
-        device: where this process computes.
-        search: what searches or teaches the model, a `Pruner` or a `Compression`; it moves to the copy.
-        average: moving average of the model; its module is shared out too.
+        model: the model, with its masks if it has any; it moves to the CPU.
+        device: of this process.
+        search: the `Pruner` or `Compression` of the model; it moves to the copy.
+        average: moving average of the model; its module is sharded too.
 
     Attributes:
         module: the copy.
 
     Raises:
-        LayoutError: parts of the model that are sharded one by one share a weight.
+        LayoutError: two parts of the model that are sharded separately share a weight.
     """
 
     def __init__(
@@ -62,15 +61,15 @@ class Sharding:
         if average is not None:
             self._whole_average = average.module
             average.module = self._sharded_average = sharded_copy(average.module, device)
-            # torch's operations on lists of tensors take no mixture of sharded and plain ones.
+            # torch's foreach operations reject lists with both sharded and plain tensors.
             average.foreach = all(is_sharded_tensor(value) for value in self._sharded_average.state_dict().values())
 
     @contextmanager
     def whole(self, device: torch.device | None = None) -> Iterator[None]:
-        """Within the block the model and its average are up to date, whole and masked; all processes enter it together.
+        """Within the block, the model and its average have the current weights, unsharded; all processes enter it.
 
         Args:
-            device: where the two are needed; by default the device of this process.
+            device: of the two within the block; by default that of this process.
         """
         self.finish(device)
         yield
@@ -82,7 +81,7 @@ class Sharding:
             self._average.module = self._sharded_average
 
     def finish(self, device: torch.device | None = None) -> None:
-        """Give the weights back to the model and its average; all processes call it together."""
+        """Copy the weights back to the model and its average; all processes call it together."""
         device = self._device if device is None else device
         gather_into(self._model, self.module)
         if self._search is not None:
@@ -96,8 +95,8 @@ class Sharding:
 def sharded_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """Return a copy of a model, sharded over all processes; the model moves to the CPU.
 
-    What is gathered at a time is a block: one of several children of the same class in a list or sequence. Momentum
-    copies and what they copy are parts of their own, so that the one can be moved towards the other shard by shard.
+    Blocks are gathered one at a time: children of one class in a ModuleList or Sequential. Momentum encoders and their
+    originals are sharded separately, so that one can be updated from the other shard by shard.
 
     Raises:
         LayoutError: two of these parts share a weight.
@@ -137,7 +136,7 @@ def _unsharded(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _refuse_shared(model: nn.Module, parts: list[nn.Module], kept: set[nn.Parameter]) -> None:
-    """Raise unless every weight lies in one part alone (a part may lie within another one)."""
+    """Raise a `LayoutError` if two parts share a weight; a part may lie within another."""
     names = {module: name for name, module in model.named_modules()}
     holders: dict[nn.Parameter, str] = {}
     for module in model.modules():
@@ -148,13 +147,13 @@ def _refuse_shared(model: nn.Module, parts: list[nn.Module], kept: set[nn.Parame
             other = holders.setdefault(parameter, innermost)
             if other != innermost and parameter not in kept:
                 raise LayoutError(
-                    f"{other or 'The model'} and {innermost or 'the model'} share a weight, which two parts that are "
-                    "sharded by themselves cannot. Train this model without FSDP (sharding: none)."
+                    f"{other or 'The model'} and {innermost or 'the model'} share a weight, but FSDP shards them "
+                    "separately. Train this model without FSDP (sharding: none)."
                 )
 
 
 def _split(tensors: Iterable[Any]) -> list[list[Any]]:
-    """Return the sharded tensors and the others, where there are any: torch computes with lists of one kind."""
+    """Return the sharded tensors and the plain ones, as non-empty lists: torch rejects mixed lists."""
     kinds: tuple[list[Any], list[Any]] = ([], [])
     for tensor in tensors:
         kinds[not is_sharded_tensor(tensor)].append(tensor)
@@ -162,7 +161,7 @@ def _split(tensors: Iterable[Any]) -> list[list[Any]]:
 
 
 def split_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters that are not sharded groups of their own, with the same options."""
+    """Move unsharded parameters to optimizer groups of their own, with the same options."""
     for group in list(optimizer.param_groups):
         first, *others = _split(group["params"])
         group["params"] = first
@@ -171,7 +170,7 @@ def split_groups(optimizer: torch.optim.Optimizer) -> None:
 
 
 def average_unsharded(model: nn.Module) -> None:
-    """Average the gradients of what a sharded model does not share out; `fully_shard` leaves them alone."""
+    """Average the gradients of unsharded parameters over processes, which `fully_shard` does not do."""
     for parameter in model.parameters():
         if parameter.grad is not None and not is_sharded_tensor(parameter):
             dist.all_reduce(parameter.grad)
@@ -179,7 +178,7 @@ def average_unsharded(model: nn.Module) -> None:
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients, a plain scalar; on all processes alike if they are sharded."""
+    """Return the norm of all gradients, a plain scalar; equal on all processes if they are sharded."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.nn.utils.get_total_norm(kind) for kind in _split(gradients)]
     plain = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
@@ -193,11 +192,11 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Any]:
-    """Return the state of an optimizer, with what it says of sharded parameters whole and on the CPU.
+    """Return the state of an optimizer, with sharded tensors gathered on the CPU; all processes call it together.
 
     Args:
-        optimizer: over sharded parameters, or over plain ones, whose state is returned as it is.
-        keep: False returns no numbers of sharded parameters; all processes call it together, and one saves.
+        optimizer: its state for unsharded parameters is returned as it is.
+        keep: False replaces gathered tensors by None, on processes that do not save.
     """
 
     def whole(value: Any) -> Any:
@@ -213,16 +212,16 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool = True
     return state
 
 
-class HeldState:
-    """What an optimizer keeps of sharded weights, as if it were one of the whole model's: so it can be cut with them.
+class GatheredState:
+    """The state of an optimizer of sharded weights, keyed by the whole model's parameters, so that a cut can slice it.
 
     Args:
-        optimizer: of the copy; all processes come here together.
-        module: the copy.
+        optimizer: of the copy; all processes make this together.
+        module: the sharded copy.
         model: the whole model, with parameters of the same names.
 
     Attributes:
-        state: parameter of the whole model -> what is kept of it, whole and on the CPU.
+        state: parameter of the whole model -> its optimizer state, gathered on the CPU.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module, model: nn.Module) -> None:
@@ -234,16 +233,16 @@ class HeldState:
         self.state = {self._order[number]: kept for number, kept in self._content["state"].items()}
 
     def content(self) -> dict[str, Any]:
-        """Return it in the form of `whole_optimizer_state`."""
+        """Return the state in the form of `whole_optimizer_state`."""
         numbers = {parameter: number for number, parameter in enumerate(self._order)}
         return self._content | {"state": {numbers[parameter]: kept for parameter, kept in self.state.items()}}
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Load what `whole_optimizer_state` returned, on any number of processes; each takes its share."""
+    """Load a state from `whole_optimizer_state`; each process keeps its shard, whatever their number."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def shared_out(number: int, value: Any) -> Any:
+    def distributed(number: int, value: Any) -> Any:
         parameter = parameters[number]
         if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value
@@ -251,7 +250,7 @@ def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -
         return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     each = {
-        number: {key: shared_out(number, value) for key, value in values.items()}
+        number: {key: distributed(number, value) for key, value in values.items()}
         for number, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": each})

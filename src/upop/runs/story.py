@@ -1,4 +1,4 @@
-"""What a run tells about the compressed model that it made, for the model card."""
+"""Collects the facts of a compression run for the model card."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def story_of(
     *,
     trained: bool = True,
 ) -> Story:
-    """Return what a compression run knows of its model.
+    """Return the facts of a compression run for the model card.
 
     Args:
-        task: whose model it is.
+        task: of the model.
         settings: of the run.
-        results: of the run; the model is the last one.
-        command: as it was typed.
-        changed: what was not as it had been when the run was resumed.
-        trained: whether the model was trained after it was cut, or while it was.
+        results: of the run; the compressed model is the last one.
+        command: the command line.
+        changed: inputs that had changed when the run was resumed, in words.
+        trained: whether the model was trained during or after the cut.
     """
     cells = table_cells(results)
     columns = list(next(iter(cells.values())))

@@ -1,4 +1,4 @@
-"""Fewer image tokens in a run: as many as the settings ask for, or as share one budget with the weights."""
+"""Token merging in a run: a fixed number of image tokens, or a share of one budget with the weights."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from upop.tokens.budget import Goal, best_of, find_shares, goal_of, merge_share,
 from upop.tokens.encoders import merge_again, merge_tokens, removed_tokens
 
 _SHARES = (0.0, 0.25, 0.5, 0.75)
-"""What tokens may take of a budget in a run that searches for weights too."""
+"""Shares of the budget that `tokens=auto` tries for token merging; weights take the rest."""
 
 
-def merge_as_asked(model: nn.Module, settings: RunSettings) -> nn.Module:
-    """Have a model merge image tokens as the settings say; without a number it stays as it is.
+def merge_by_settings(model: nn.Module, settings: RunSettings) -> nn.Module:
+    """Turn on token merging as the settings say, in place; without `tokens` the model is unchanged.
 
     Raises:
-        LayoutError: it cannot merge any.
-        SettingError: not so many are there.
+        LayoutError: the model cannot merge tokens.
+        SettingError: it has fewer tokens than that, or `tokens` is "auto".
     """
     if settings.tokens is None:
         return model
     if isinstance(settings.tokens, str):
         raise SettingError(
-            f"tokens={AUTO} shares out the target of a compression, and nothing is compressed here. Give a number of "
-            "tokens for every layer, or the share of the encoder's multiply-adds to save."
+            f"tokens={AUTO} divides the target of a compression between tokens and weights, and nothing is compressed "
+            "here. Give the number of tokens to merge per layer, or the share of the encoder's multiply-adds to save."
         )
     return merge_tokens(model, settings.tokens)
 
 
 def check_shared_budget(model: nn.Module, settings: RunSettings, example: Any, **calibration: Any) -> None:
-    """Raise the errors of `share_budget`, and those of `calibrate` for what it leaves, before any long computation.
+    """Raise the errors of `share_budget`, and of `calibrate` for the weights' share, before any long computation.
 
     Args:
         model: dense; it is left as it is.
@@ -51,7 +51,7 @@ def check_shared_budget(model: nn.Module, settings: RunSettings, example: Any, *
     try:
         if isinstance(settings.tokens, str):
             assert goal is not None
-            merge_share(model, goal, _SHARES[-1])  # more tokens leave more for weights
+            merge_share(model, goal, _SHARES[-1])  # the largest share leaves the weights the most
         else:
             merge_tokens(model, settings.tokens)
         if goal is not None:
@@ -64,7 +64,7 @@ def check_shared_budget(model: nn.Module, settings: RunSettings, example: Any, *
 
 
 def _goal(model: nn.Module, settings: RunSettings, example: Any) -> Goal | None:
-    """Return what a target of multiply-adds leaves of a model with all tokens; None where tokens have no part in it."""
+    """Return the goal of a target of multiply-adds for the model with all tokens; None if tokens do not share it."""
     target = settings.target
     if settings.tokens is None or target is None or "macs" not in target:
         return None
@@ -80,9 +80,9 @@ def share_budget(
     notify: Callable[[str], None],
     **calibration: Any,
 ) -> dict[str, Any]:
-    """Have a model merge tokens before its weights are cut, and return the budget of those.
+    """Turn on token merging before the weights are cut, and return the budget that is left for the weights.
 
-    A target of multiply-adds is one of the model with all tokens. All processes call this together, and the main one
+    A target of multiply-adds refers to the model with all tokens. All processes call this together; the main one
     decides.
 
     Args:
@@ -91,7 +91,7 @@ def share_budget(
         example: inputs for one forward pass.
         batches: makes calibration batches, for tokens=auto.
         loss: of a batch.
-        notify: is told what was decided.
+        notify: called with a line about the decision.
         calibration: arguments of `upop.calibrate`.
     """
     budget = settings.budget
@@ -103,10 +103,10 @@ def share_budget(
         ranking, held = split(list(batches()))
         found = find_shares(model, ranking, held, goal, loss=loss, shares=_SHARES, **calibration)
         decided = [best_of(found, goal)]
-        broadcast_object_list(decided)  # losses that differ in a last bit may decide differently
+        broadcast_object_list(decided)  # losses may differ in the last bit between processes
         (chosen,) = decided
         losses = ", ".join(f"{each.share:.0%}: {'-' if each.loss is None else f'{each.loss:.4g}'}" for each in found)
-        notify(f"of the multiply-adds that go, tokens take {chosen.share:.0%} (held-out loss by share {losses})")
+        notify(f"token merging saves {chosen.share:.0%} of the removed multiply-adds (held-out loss by share {losses})")
         if any(map(any, chosen.removed)):
             merge_again(model, chosen.removed)
     else:

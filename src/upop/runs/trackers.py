@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard, or any other that Accelerate knows, gets every row of metrics.jsonl as scalars."""
+"""Trackers: every row of metrics.jsonl goes to TensorBoard, or any other tracker of Accelerate, as scalars."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Check that trackers can be used.
 
     Raises:
-        SettingError: a name is not known, or its package is not installed; the message says what to install.
+        SettingError: a name is unknown, or its package is not installed; the message says what to install.
     """
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -35,23 +35,23 @@ def check_trackers(names: Sequence[str]) -> None:
         if LOGGER_TYPE_TO_CLASS[name].__module__.startswith("accelerate.") and find_spec(name) is None:
             package = f"'upop[{name}]'" if name in _EXTRAS else name
             raise SettingError(
-                f"The tracker {name} was asked for, and its package is not installed. Install it: "
-                f"pip install {package}. Or leave it out of trackers (--tracker)."
+                f"The package of tracker {name} is not installed. Install it: pip install {package}. Or leave it out "
+                "of trackers (--tracker)."
             )
 
 
 class Trackers:
-    """The trackers of a run; only the main process tells them anything.
+    """The trackers of a run; only the main process logs to them.
 
-    Local ones keep their files in `folder`: TensorBoard's events are in `folder/upop`.
+    Local trackers write to `folder`; TensorBoard's events are in `folder/upop`.
 
     Args:
-        accelerator: has the trackers.
-        names: as Accelerate calls them: tensorboard, wandb, ...
-        folder: where local trackers write.
+        accelerator: owns the trackers.
+        names: Accelerate's names: tensorboard, wandb, ...
+        folder: for the files of local trackers.
 
     Raises:
-        SettingError: a name is not known, or its package is not installed.
+        SettingError: a name is unknown, or its package is not installed.
     """
 
     def __init__(self, accelerator: Accelerator, names: Sequence[str], folder: Path) -> None:
@@ -60,12 +60,12 @@ class Trackers:
 
     @contextmanager
     def running(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-        """Track what is told meanwhile.
+        """Start the trackers, and finish them after the block.
 
         Args:
-            rows: of metrics.jsonl that lie behind a resumed run. TensorBoard's events are written anew from them, so
-                that what the run had told after its last checkpoint is not there twice. What other trackers were told
-                stays with them, and they are told the steps, by which those of them that can drop the doubles.
+            rows: of metrics.jsonl before the checkpoint that the run resumes from. TensorBoard's events are rewritten
+                from them, so that steps after the checkpoint do not appear twice. Other trackers keep what they have;
+                every row has its step, by which they can drop duplicates.
         """
         if not self._names or not self._accelerator.is_main_process:
             yield
@@ -86,7 +86,7 @@ class Trackers:
         accelerator = self._accelerator
         accelerator.project_configuration.set_directories(str(self._folder))
         accelerator.log_with = filter_trackers(list(self._names), str(self._folder))
-        # The same run, for one that is resumed.
+        # A resumed run continues the same run of W&B.
         key = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:16]
         own = {"wandb": {"dir": str(self._folder), "id": key, "resume": "allow", "name": self._folder.parent.name}}
         accelerator.init_trackers(PROJECT, init_kwargs=own)
@@ -96,15 +96,15 @@ class Trackers:
             boards[0].log(scalars(row), step=row["step"])
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Tell the trackers a row of metrics.jsonl, at its step; outside `running` nothing is told."""
+        """Log a row of metrics.jsonl at its step; outside `running` nothing is logged."""
         if self._accelerator.trackers:
             self._accelerator.log(scalars(row), step=row["step"])
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row of metrics.jsonl by the names that trackers know.
+    """Return the numbers of a row of metrics.jsonl, under their names in trackers.
 
-    Those of training keep theirs (loss, lr, ratio, waiting, kept/vision), those of an evaluation begin with its split
+    Training rows keep their names (loss, lr, ratio, waiting, kept/vision); evaluation rows begin with the split
     (dev/accuracy, dev/average/accuracy).
     """
     start = f"{row['split']}/" if "split" in row else ""

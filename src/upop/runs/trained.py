@@ -1,4 +1,4 @@
-"""What a phase trains: a model and its optimizer, as Accelerate wraps them or as copies that are sharded."""
+"""The model and optimizer of a phase: wrapped by Accelerate, or a sharded copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from upop.compression import Compression
 from upop.runs.sharding import (
-    HeldState,
+    GatheredState,
     Sharding,
     load_whole_optimizer_state,
     split_groups,
@@ -24,19 +24,19 @@ from upop.settings import RunSettings
 
 
 class Trained:
-    """A model and its optimizer in the form in which they are trained.
+    """The model and optimizer of a phase, prepared for training; with FSDP, of a sharded copy.
 
     Args:
-        accelerator: where to compute.
+        accelerator: prepares the two.
         task: makes the optimizer.
         settings: of the run.
-        model: the model; where weights are sharded, a copy of it is trained.
-        compression: of the model, if it is compressed.
-        average: its moving average, if there is one.
+        model: the model; with FSDP, it stays on the CPU between uses of `whole`.
+        compression: of the model, if any.
+        average: its moving average, if any.
 
     Attributes:
-        model: what is called.
-        optimizer: what takes steps.
+        model: the module to call.
+        optimizer: the optimizer to step.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Trained:
         self._sharding: Sharding | None = None
         self.model: nn.Module = model
         if settings.sharding == "fsdp":
-            self._own = self._share_out()
+            self._own = self._shard()
             self.optimizer: Any = accelerator.prepare(self._own)
             return
         self._own = task.optimizer(model, settings)
         split_groups(self._own)
         self.model, self.optimizer = accelerator.prepare(model, self._own)
 
-    def _share_out(self) -> torch.optim.Optimizer:
+    def _shard(self) -> torch.optim.Optimizer:
         """Shard a copy of the model over the processes; return an optimizer of it."""
         self._sharding = Sharding(self._whole, self._accelerator.device, self._compression, self._average)
         self.model = self._sharding.module
@@ -69,23 +69,23 @@ class Trained:
         return own
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Have the optimizer resume from a state of `optimizer_state`."""
+        """Restore the optimizer from a result of `optimizer_state`."""
         load_whole_optimizer_state(self._own, state)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Return the optimizer's state, whole; on the main process alone what is sharded."""
+        """Return the optimizer's state; tensors of sharded parameters are gathered on the main process alone."""
         return whole_optimizer_state(self._own, keep=self._accelerator.is_main_process)
 
     def whole(self, device: torch.device | None = None) -> AbstractContextManager[None]:
-        """Within the block the model and its average are up to date, whole and masked; all processes enter it."""
+        """Within the block, the model and its average have the current weights, unsharded; all processes enter it."""
         return nullcontext() if self._sharding is None else self._sharding.whole(device)
 
     def end_step(self, compression: Compression, after_cut: Callable[[], None]) -> None:
-        """Let a compression end a step; weights that are sharded are made whole for the cut, and sharded again.
+        """End a step of a compression; for the cut, sharded weights are gathered, and sharded again.
 
         Args:
-            compression: whose `before_step` or `skip_step` came before.
-            after_cut: called where the model was cut, while it is whole.
+            compression: after its `before_step` or `skip_step`.
+            after_cut: called right after the cut, while the weights are gathered.
         """
         due, sharding = compression.is_due, self._sharding
         if not due or sharding is None:
@@ -93,16 +93,16 @@ class Trained:
             if due:
                 after_cut()
             return
-        held = HeldState(self._own, sharding.module, self._whole)
+        held = GatheredState(self._own, sharding.module, self._whole)
         sharding.finish()
         compression.after_step([held])
         after_cut()
-        self._own = self.optimizer.optimizer = self._share_out()
+        self._own = self.optimizer.optimizer = self._shard()
         self.load_optimizer(held.content())
         self.model.train()
 
     def finish(self) -> None:
-        """Give the weights back to the model and its average."""
+        """Copy the weights back to the model and its average."""
         if self._sharding is not None:
             self._sharding.finish()
         self._accelerator.free_memory()

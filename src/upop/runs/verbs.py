@@ -1,4 +1,4 @@
-"""What one can do with a task: train a dense model, compress one, evaluate one. The same for every task."""
+"""The three verbs of every task: train a dense model, compress it, evaluate it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from upop.report.results import Results
 from upop.runs.adapters import Adapters
 from upop.runs.devices import round_to_for
 from upop.runs.loaders import first_samples, to_device
-from upop.runs.loop import Loop, fitting
+from upop.runs.loop import Loop, explain_misfit
 from upop.runs.one_shot import calibration_batches, loss_of, towers
 from upop.runs.preemption import Preemption
 from upop.runs.run import Run
-from upop.runs.schedules import AT_ONCE, Phases, check_epochs, compression_rates, falling, phases
+from upop.runs.schedules import ONE_SHOT_METHODS, Phases, check_epochs, compression_rates, decay, phases
 from upop.runs.task import Task
-from upop.runs.tokens import merge_as_asked, share_budget
+from upop.runs.tokens import merge_by_settings, share_budget
 from upop.settings import RunSettings
 
 _VERIFIED_SAMPLES = 4
@@ -36,8 +36,8 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
     """Train or fine-tune a dense model; the best epoch's weights end up in `output_dir/best`.
 
     Raises:
-        UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
-        PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
+        UPopError: settings, data, checkpoint, device or run directory are not usable; before any long work.
+        PreemptedError: SIGTERM asked the run to end; it can be resumed.
     """
     with Preemption(settings.resume == "auto") as preemption, Run(task, settings, "train") as run:
         settings = run.settings
@@ -45,17 +45,17 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
             model, lacking = task.start(run.checkpoint(), settings)
             if lacking:
                 run.notify(
-                    f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: "
+                    f"{settings.pretrained} lacks {len(lacking)} tensors, which are newly initialised: "
                     f"{', '.join(lacking[:4])} ..."
                 )
             model = run.adapted(model, training=True)
         else:
             model = run.adapted(task.build(settings), training=True)
         run.settle(model)
-        merge_as_asked(model, settings)
+        merge_by_settings(model, settings)
         with run.training(settings.training_epochs, preemption) as loop:
             average = _average(settings, model.to(run.accelerator.device))
-            schedule = falling(settings, run.first_rate(loop), settings.training_epochs, loop.steps_per_epoch)
+            schedule = decay(settings, run.first_rate(loop), settings.training_epochs, loop.steps_per_epoch)
             keep = run.keep_best(loop, model)
             loop.run(model, "train", settings.training_epochs, schedule, after_epoch=keep, average=average)
             model, metrics = run.best(model)
@@ -65,12 +65,12 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
 def compress(task: Task[Any], settings: RunSettings) -> Results | None:
     """Compress the dense model in `pretrained`: search, shrink, retrain, evaluate; the result is `output_dir/best`.
 
-    With method "reference" it searches as published; with "magnitude" one cut by weight norm takes the place of the
-    search, with "one-shot" one by first-order terms. All take equally many steps.
+    Method "reference" searches as published. "magnitude" cuts once by weight norm instead of searching, and "one-shot"
+    once by first-order importance. All methods train for equally many steps.
 
     Raises:
-        UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
-        PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
+        UPopError: settings, data, checkpoint, device or run directory are not usable; before any long work.
+        PreemptedError: SIGTERM asked the run to end; it can be resumed.
     """
     check_epochs(settings)
     with Preemption(settings.resume == "auto") as preemption, Run(task, settings, "compress") as run:
@@ -92,7 +92,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             average = _average(settings, model.to(run.accelerator.device))
             planned = phases(settings, loop.steps_per_epoch)
             searching, retraining = compression_rates(settings, run.first_rate(loop), loop.steps_per_epoch)
-            # Made before anything long runs: it checks the settings of the method against the model.
+            # Built first, because it checks the settings against the model before any long work.
             with _compression(run, loop, model, dense_model, average, planned, budget) as compression:
                 _evaluate_dense(run, loop, model)
                 if (rank := getattr(settings, "lora", None)) is not None:
@@ -119,11 +119,11 @@ def _compression(
     planned: Phases,
     budget: dict[str, Any],
 ) -> Compression:
-    """Return what compresses the model as the method does; what the weights alone decide to cut is cut already."""
+    """Return the `Compression` of a run; methods without a search have cut the model when it returns."""
     task, settings, device = run.task, run.settings, run.accelerator.device
     averages = [] if average is None else [average]
     verified = task.inputs(to_device(first_samples(run.loaders["train"], _VERIFIED_SAMPLES), device))
-    state, going_on = loop.compression_state, loop.compression_state is not None
+    state, resuming = loop.compression_state, loop.compression_state is not None
     shared: dict[str, Any] = {
         "cost": settings.cost,
         "round_to": round_to_for(device, settings),
@@ -134,12 +134,12 @@ def _compression(
     if settings.method != "magnitude":
         include, exclude = (getattr(settings, name, ()) for name in ("include", "exclude"))
         shared |= {"include": towers(model, include, width=settings.width), "exclude": list(exclude) or None}
-    if settings.method in AT_ONCE and state is None:
+    if settings.method in ONE_SHOT_METHODS and state is None:
         check_budget(model, depth=settings.depth, width=settings.width, **shared)
         _evaluate_dense(run, loop, model)
-        plan = _cut_at_once(run, model, average, verified, shared)
+        plan = _cut_once(run, model, average, verified, shared)
         state = {"steps_done": 0, "plan": plan.to_json(), "pruner": None}
-    with fitting() if going_on else nullcontext():
+    with explain_misfit() if resuming else nullcontext():
         compression = Compression(
             model,
             steps=settings.all_epochs * loop.steps_per_epoch,
@@ -152,22 +152,22 @@ def _compression(
             **shared,
             **_search_settings(task, settings),
         )
-    if settings.method in AT_ONCE and not going_on:
-        _keep_cut(run, model, None, compression, run.described_of(model))
+    if settings.method in ONE_SHOT_METHODS and not resuming:
+        _keep_cut(run, model, None, compression, run.before_retraining(model))
     return compression
 
 
-def _cut_at_once(run: Run, model: nn.Module, average: ModelEmaV3 | None, verified: Any, shared: dict[str, Any]) -> Plan:
-    """Cut a model, and its average, before anything is trained."""
+def _cut_once(run: Run, model: nn.Module, average: ModelEmaV3 | None, verified: Any, shared: dict[str, Any]) -> Plan:
+    """Cut a model and its average before training; return the plan."""
     settings = run.settings
     if settings.method == "magnitude":
         plan = plan_by_magnitude(model, **shared)
         shrink(model, plan, verify=verified)
     else:
         batches, loss = calibration_batches(run.loaders["train"], settings), loss_of(run.task, settings)
-        described = {"importance": settings.importance or "absolute", "correct": settings.correct, "verify": verified}
-        described |= {"depth": settings.depth, "width": settings.width}
-        plan = calibrate(model, batches, loss=loss, **described, **shared)
+        options = {"importance": settings.importance or "absolute", "correct": settings.correct, "verify": verified}
+        options |= {"depth": settings.depth, "width": settings.width}
+        plan = calibrate(model, batches, loss=loss, **options, **shared)
     if average is not None:
         shrink(average.module, plan, verify=verified)
         average.set(model)
@@ -175,7 +175,7 @@ def _cut_at_once(run: Run, model: nn.Module, average: ModelEmaV3 | None, verifie
 
 
 def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
-    """Return how the method searches."""
+    """Return the arguments of `Compression` that select the search of a method."""
     if settings.method == "upop":
         searched = {"progress": "stages", "importance": settings.importance, "correct": settings.correct}
         return searched | ({"depth": True} if settings.depth else {}) | ({"width": True} if settings.width else {})
@@ -186,32 +186,32 @@ def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
 
 
 def _evaluate_dense(run: Run, loop: Loop, model: nn.Module) -> None:
-    """Note how good the dense model is, once in a run."""
+    """Evaluate the dense model and store its metrics, once in a run."""
     if "dense" not in loop.notes:
         loop.notes["dense"] = run.evaluate(model)
-        run.notify("dense  " + run.described(loop.notes["dense"]))
+        run.notify("dense  " + run.format_scores(loop.notes["dense"]))
 
 
 def _keep_cut(
     run: Run, model: nn.Module, average: ModelEmaV3 | None, compression: Compression, before_retraining: str = ""
 ) -> None:
-    """Write down what was cut, as soon as it is."""
+    """Save importance, plan and model right after the cut."""
     if average is not None and run.settings.method == "upop" and run.settings.correct:
-        average.set(model)  # what it remembers are layers from before they were corrected
+        average.set(model)  # its weights date from before the correction
     if compression.pruner is not None:
         run.folder.save_scores(compression.pruner.scores)
     plan = compression.plan()
     run.folder.save_plan(plan)
     run.folder.save_model("last", model)
-    left = format_reached(plan.settings)
-    run.notify(f"cut for real, and it computes what the masked model did: {left}{before_retraining}")
+    reached = format_reached(plan.settings)
+    run.notify(f"cut; the outputs equal those of the masked model: {reached}{before_retraining}")
 
 
 def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | None:
     """Evaluate the checkpoint in `pretrained`, dense or compressed, on the validation and test splits.
 
     Raises:
-        UPopError: settings, data, checkpoint, device or run folder are not usable.
+        UPopError: settings, data, checkpoint, device or run directory are not usable.
     """
     with Run(task, settings, "evaluate") as run:
         model = run.pretrained(training=False).to(run.accelerator.device)
@@ -220,12 +220,12 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
 
 
 def compressed_name(settings: RunSettings, dense: nn.Module, model: nn.Module) -> str:
-    """Return what the tables call the compressed model, by how many times fewer parameters the whole of it has."""
+    """Return the compressed model's name in tables: the method, and how many times fewer parameters it has."""
     return f"{method_name(settings)} {count_parameters(dense) / count_parameters(model):.3g}x"
 
 
 def method_name(settings: RunSettings) -> str:
-    """Return what people call the method of a run: "UPop", "reference", "magnitude"."""
+    """Return the display name of a run's method, such as "UPop" or "magnitude"."""
     return {"upop": "UPop"}.get(settings.method, settings.method)
 
 

@@ -1,4 +1,4 @@
-"""Whether training waits for its data: the share of time that goes into waiting for the next batch."""
+"""Measures the share of training time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ _TOO_MUCH = 0.2
 
 
 class LoaderWatch:
-    """Measures the share of time that is spent waiting for batches, over the last ones.
+    """Measures the share of time spent waiting for batches, over the last `window` batches.
 
-    The first batches of a phase do not count: worker processes start up, and kernels are chosen.
+    The first batches of a phase do not count: workers start up, and kernels are selected.
 
     Args:
-        workers: processes that make the batches of this process.
-        processes: training processes on this machine, each with workers of its own; torchrun's environment says it
-            if not given.
-        cores: of this machine; as many as this process may use if not given.
-        window: over how many batches.
-        clock: gives seconds.
+        workers: worker processes per training process.
+        processes: training processes on this machine; by default from torchrun's environment.
+        cores: that this machine has; by default those that this process may use.
+        window: number of batches.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -45,12 +44,12 @@ class LoaderWatch:
         self._times: deque[tuple[float, float]] = deque(maxlen=window)  # waited, and the whole, in seconds
         self._phase = ""
         self._seen = 0
-        self._described = False
+        self._warned = False
 
     def batches(self, batches: Iterable[T], phase: str) -> Iterator[T]:
-        """Yield the batches, and measure how long each is waited for, and how long the caller keeps it."""
+        """Yield the batches; measure the wait for each, and how long the caller keeps it."""
         if phase != self._phase:
-            self._phase, self._seen, self._described = phase, 0, False
+            self._phase, self._seen, self._warned = phase, 0, False
             self._times.clear()
         iterator = iter(batches)
         while True:
@@ -74,11 +73,11 @@ class LoaderWatch:
         return waited / whole if whole > 0 else 0.0
 
     def warning(self) -> str | None:
-        """Return, once per phase, what to do where waiting takes more than a fifth of a full window; else None."""
+        """Return advice once per phase, when waiting takes more than a fifth of a full window; else None."""
         share = self.share
-        if self._described or share is None or len(self._times) < (self._times.maxlen or 0) or share <= _TOO_MUCH:
+        if self._warned or share is None or len(self._times) < (self._times.maxlen or 0) or share <= _TOO_MUCH:
             return None
-        self._described = True
+        self._warned = True
         cores = f"this machine has {self._cores} core{'s' if self._cores != 1 else ''}"
         if self._workers * self._processes < self._cores:
             do = f"raise num_workers (now {self._workers}; {cores}), or use faster storage"
@@ -87,7 +86,7 @@ class LoaderWatch:
                 f"num_workers is {self._workers}{' per process' if self._processes > 1 else ''}, and {cores}: use "
                 "faster storage, images that are resized beforehand, or a machine with more cores"
             )
-        return f"waiting for data took {100 * share:.0f} % of the last {len(self._times)} batches' time: {do}"
+        return f"waiting for data took {100 * share:.0f} % of the time of the last {len(self._times)} batches: {do}"
 
 
 def usable_cores() -> int:

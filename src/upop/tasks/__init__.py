@@ -1,7 +1,7 @@
-"""The tasks, by name. A new one is a module here, and a line in the table below.
+"""The tasks, by name. A new one is a module here and a line in the table below.
 
-A package of its own registers a task by an entry point of the group `upop.tasks`, or by `register`; then every command
-that takes a task takes it.
+Other packages register a task by an entry point of the group `upop.tasks`, or by `register`. Every command then takes
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from upop.runs.task import Task
 
 GROUP = "upop.tasks"
-"""Of the entry points by which other packages bring tasks: NAME = "their.module:TheirTask"."""
+"""Entry point group of tasks in other packages: NAME = "their.module:TheirTask"."""
 
 _PLACES: dict[str, str] = {
     "caption": "upop.tasks.caption:CaptionTask",
@@ -31,11 +31,11 @@ _PLACES: dict[str, str] = {
     "segmentation": "upop.tasks.segmentation:SegmentationTask",
     "vqa": "upop.tasks.vqa:VqaTask",
 }
-"""Name -> module and class, which is imported when the task is asked for."""
+"""Name -> module and class; imported when the task is used."""
 
 
 class _Tasks(Mapping[str, "Task[Any]"]):
-    """Name -> task; looking one up imports it, asking for the names imports none."""
+    """Name -> task; a lookup imports the task, listing the names imports nothing."""
 
     def __init__(self) -> None:
         self._made: dict[str, Task[Any]] = {}
@@ -65,7 +65,7 @@ TASKS: Mapping[str, Task[Any]] = _tasks
 
 
 def register(task: Task[Any]) -> None:
-    """Make a task known by its name to the commands of this process.
+    """Register a task, under its name, for the commands of this process.
 
     Args:
         task: an instance of a subclass of `upop.runs.task.Task`.
@@ -74,9 +74,9 @@ def register(task: Task[Any]) -> None:
         SettingError: upop has a task of this name.
     """
     if task.name in _PLACES:
-        from upop.errors import SettingError  # with torch, which the names of tasks do not take
+        from upop.errors import SettingError  # imports torch, which listing the tasks does not need
 
-        raise SettingError(f"The task {task.name!r} is upop's own. Give yours another name.")
+        raise SettingError(f"upop has a task {task.name!r} of its own. Give yours another name.")
     _tasks.add(task)
 
 

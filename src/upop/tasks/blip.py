@@ -1,4 +1,4 @@
-"""What the tasks with a BLIP model share: how the model is built, and its tokenizer."""
+"""Base of the tasks with a BLIP model: its construction and tokenizer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from upop.values import described
 
 
 class BlipSettings(LanguageSettings):
-    """Settings of every BLIP model, as in the published files."""
+    """Settings of every BLIP task, as in the published configs."""
 
     vit: Literal["base", "large"] = "base"
     vit_grad_ckpt: bool = Field(False, description="recompute activations of the vision transformer: less memory")
-    vit_ckpt_layer: int = Field(0, ge=0, description="number of its last blocks to recompute")
+    vit_ckpt_layer: int = Field(0, ge=0, description="how many of its last blocks to recompute")
     init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
     cross: float | None = Field(
         None,
@@ -46,13 +46,13 @@ BlipSettingsT = TypeVar("BlipSettingsT", bound=BlipSettings)
 
 
 class BlipTask(PublishedTask[BlipSettingsT]):
-    """A task whose model is a vision transformer with BlipText; `name` is also the name of its published format."""
+    """A task whose model is a ViT with BlipText; `name` is also the name of its published format."""
 
     model: ClassVar[type[nn.Module]]
     config: ClassVar[type[BlipConfig]]
 
     def build(self, settings: BlipSettingsT) -> nn.Module:
-        """Return the model with initial weights; its vocabulary is the tokenizer's."""
+        """Return the model with random weights, and the tokenizer's vocabulary."""
         sizes = {"vocab_size": len(blip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
         with described(SIZES):
             config = self.config.vit(settings.vit, **sizes)
@@ -61,19 +61,19 @@ class BlipTask(PublishedTask[BlipSettingsT]):
         return self._prepared(model, settings)
 
     def load(self, path: Path, settings: BlipSettingsT) -> nn.Module:
-        """Return the model in a checkpoint; its own tokenizer may leave words of the vocabulary unused.
+        """Return the model in a checkpoint; its own tokenizer may have fewer words than the vocabulary.
 
         Raises:
-            SettingError: the tokenizer is another model's.
+            SettingError: the tokenizer does not match the model.
         """
         model = super().load(path, settings)
         known: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
         words = len(self.tokenizer(settings))
         if words > known or (words < known and Path(settings.tokenizer) != path):
-            # [DEC] and [ENC], the last two words, would be others than the model learned.
+            # The ids of [DEC] and [ENC], the last two words, would differ from those in training.
             raise SettingError(
-                f"The model has {known} words, and the tokenizer {settings.tokenizer!r} {words}. Set tokenizer to the "
-                "one that the model was trained with."
+                f"The model's vocabulary has {known} words, and the tokenizer {settings.tokenizer!r} has {words}. Set "
+                "tokenizer to the one that the model was trained with."
             )
         return model
 
@@ -125,6 +125,6 @@ def with_cross_loss(loss: Losses) -> Losses:
 
 @cache
 def blip_tokenizer(path: str) -> Any:
-    """Return the tokenizer of the published models, from the folder where they look for it, or else from the hub."""
+    """Return BERT's tokenizer with BLIP's special tokens, from a local folder if it exists, else from the hub."""
     on_hub = path == TOKENIZER and not Path(path).exists()
     return load_tokenizer(Path(path).name if on_hub else path)

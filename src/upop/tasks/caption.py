@@ -1,4 +1,4 @@
-"""Captioning (COCO) with BLIP: say what an image shows."""
+"""Image captioning (COCO) with BLIP."""
 
 from __future__ import annotations
 
@@ -39,25 +39,23 @@ class CaptionSettings(BlipSettings):
     image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the images")
     coco_gt_root: Path = Field(
         Path("annotation/coco_gt"),
-        description="folder of coco_karpathy_{val,test}_gt.json; without them the annotation files' captions count",
+        description="folder of coco_karpathy_{val,test}_gt.json; without them, captions of the annotation files count",
     )
-    batch_size: int | None = Field(
-        None, ge=1, description="batch size of training and evaluation, if these are not given"
-    )
+    batch_size: int | None = Field(None, ge=1, description="batch size of training and evaluation, unless they are set")
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     max_epoch: int = Field(5, ge=1, description="epochs of retraining (and of `train`)")
     interval: int = Field(100, ge=1, description="search steps between updates of the masks, with method reference")
     w_sp_attn: float = Field(3.2e-2, ge=0, description="weight of the sparsity term; affects only the logged loss")
     w_sp_mlp: float = Field(1e-3, ge=0)
 
-    prompt: str = Field("a picture of ", description="beginning of every caption; neither learnt nor counted")
+    prompt: str = Field("a picture of ", description="prefix of every caption; not part of loss and scores")
     max_length: int = Field(20, ge=2, description="maximum tokens of a caption, prompt included")
     min_length: int = Field(5, ge=0, description="minimum tokens")
     num_beams: int = Field(3, ge=1, description="width of the beam search; 1 is greedy")
     sample: bool = Field(False, description="use nucleus sampling instead of beam search")
     top_p: float = Field(0.9, gt=0, le=1, description="probability of the nucleus")
     repetition_penalty: float | None = Field(
-        None, gt=0, description="divides the scores of words used before; by default 1.1 with sampling, else 1"
+        None, gt=0, description="penalty for repeated tokens; by default 1.1 with sampling, else 1"
     )
 
     @model_validator(mode="before")
@@ -76,7 +74,7 @@ class CaptionSettings(BlipSettings):
 
 
 class CaptionTask(BlipTask[CaptionSettings]):
-    """Captions of images."""
+    """Captioning: the model generates a caption for an image."""
 
     name: ClassVar[str] = "caption"
     pipeline: ClassVar[str | None] = "image-to-text"
@@ -88,7 +86,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
     config: ClassVar[type[BlipConfig]] = CaptionConfig
 
     def dataset(self, settings: CaptionSettings, split: str) -> Dataset[Any]:
-        """Return a split: caption by caption to train on, image by image to be captioned."""
+        """Return a split: one sample per caption in training, one per image in evaluation."""
         file = settings.ann_root / f"coco_karpathy_{self.splits[split]}.json"
         size, outside = settings.image_size, settings.allow_outside
         if split == "train":
@@ -109,11 +107,11 @@ class CaptionTask(BlipTask[CaptionSettings]):
 
     @with_cross_loss
     def loss(self, model: nn.Module, batch: Batch, settings: CaptionSettings, epoch: float) -> Tensor:
-        """Return the mean loss of the words after the prompt."""
+        """Return the mean cross-entropy of the tokens after the prompt."""
         return caption_loss(model(**self.inputs(batch)), batch["labels"])
 
     def predict(self, model: nn.Module, batch: Batch, settings: CaptionSettings) -> dict[str, Tensor]:
-        """Return image_ids, [batch], and words: the tokens after the prompt, padded, [batch, max_length - prompt]."""
+        """Return "image_ids", [batch], and "words": token ids after the prompt, padded, [batch, tokens]."""
         assert isinstance(model, BlipCaption)
         prompt = _prompt(settings)
         penalty = settings.repetition_penalty or (_SAMPLING_PENALTY if settings.sample else 1.0)
@@ -134,7 +132,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
     def score(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: CaptionSettings
     ) -> dict[str, float]:
-        """Return the metrics of `caption_scores`, where there are captions to compare with."""
+        """Return the metrics of `caption_scores`; {} without reference captions."""
         assert isinstance(samples, CaptionEvalDataset)
         if not samples.references:
             return {}
@@ -143,7 +141,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
     def files(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: CaptionSettings, split: str
     ) -> dict[str, Any]:
-        """Return the captions in the form that COCO's evaluation server takes."""
+        """Return the captions in the format of COCO's evaluation server."""
         captions = _captions(predictions, settings)
         rows = [{"image_id": number, "caption": caption} for number, caption in captions.items()]
         return {f"caption_{self.splits[split]}.json": rows}
@@ -156,17 +154,17 @@ class CaptionTask(BlipTask[CaptionSettings]):
         settings: CaptionSettings,
         album: Album,
     ) -> list[Example]:
-        """Return images and captions, beside the first of those that people gave."""
+        """Return images and generated captions, with the first reference caption as the truth."""
         assert isinstance(samples, CaptionEvalDataset)
         captions = {name: _captions(rows, settings) for name, rows in found.items()}
         shown, plain = [], untransformed(samples)
         for number in numbers:
             item = plain[number]
-            people = samples.references.get(item["image_id"])
+            references = samples.references.get(item["image_id"])
             shown.append(
                 Example(
                     images=(album.add(item["image"], str(number)),),
-                    truth=Answer(text=people[0]) if people else None,
+                    truth=Answer(text=references[0]) if references else None,
                     answers={name: Answer(text=texts[item["image_id"]]) for name, texts in captions.items()},
                 )
             )
@@ -182,17 +180,17 @@ class CaptionTask(BlipTask[CaptionSettings]):
         return {"images": images, "input_ids": words, "attention_mask": torch.ones_like(words)}
 
     def _prepared(self, model: nn.Module, settings: CaptionSettings) -> nn.Module:
-        places: int = model.config.max_positions  # type: ignore[union-attr, assignment]
-        if places < max(settings.max_length, CAPTION_TOKENS):
+        positions: int = model.config.max_positions  # type: ignore[union-attr, assignment]
+        if positions < max(settings.max_length, CAPTION_TOKENS):
             raise SettingError(
-                f"The model has {places} positions, and captions may have {CAPTION_TOKENS} tokens in training and "
-                f"max_length={settings.max_length} when they are made. Lower max_length, or set model.max_positions."
+                f"The model has {positions} positions, and captions may have {CAPTION_TOKENS} tokens in training and "
+                f"max_length={settings.max_length} in generation. Lower max_length, or set model.max_positions."
             )
         return super()._prepared(model, settings)
 
 
 def _prompt(settings: CaptionSettings) -> list[int]:
-    """Return the tokens of the prompt's words."""
+    """Return the token ids of the prompt, without special tokens."""
     tokens: list[int] = blip_tokenizer(settings.tokenizer)(settings.prompt, add_special_tokens=False)["input_ids"]
     if 1 + len(tokens) >= min(settings.max_length, CAPTION_TOKENS):
         raise SettingError(
@@ -203,6 +201,6 @@ def _prompt(settings: CaptionSettings) -> list[int]:
 
 
 def _captions(predictions: Mapping[str, Tensor], settings: CaptionSettings) -> dict[int, str]:
-    """Return the words of the captions by image number."""
+    """Return image id -> generated caption."""
     texts = blip_tokenizer(settings.tokenizer).batch_decode(predictions["words"], skip_special_tokens=True)
     return dict(zip(predictions["image_ids"].tolist(), map(str.strip, texts), strict=True))

@@ -1,4 +1,4 @@
-"""Chat: models of transformers that write texts, about images or without, on conversations, questions and captions."""
+"""Chat: generative models of transformers, with or without images, on conversations, questions, captions and texts."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from upop.sources import Sources
 from upop.tasks.row_settings import RowSettings, rows_for
 
 AUTOS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-"""Of transformers, whose models write texts."""
+"""Auto classes of transformers for generative models."""
 KINDS = ("messages", "question", "caption", "text")
-"""What rows may be."""
+"""Kinds of rows that the task takes."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FOLDER = "_upop_folder"
-"""Where a model notes which folder its processor is in; its copies have it too."""
+"""Attribute of a model: the folder of its processor. Copies of the model keep it."""
 _LETTERS_PER_TOKEN = 4
 """In the length of a conversation, where conversations of like length are batched."""
 
@@ -54,21 +54,19 @@ class ChatSettings(RowSettings):
 
     prompt: str = Field("Describe the image.", min_length=1, description="question for images with captions")
     max_tokens: int = Field(
-        2048, ge=8, description="maximum tokens of a conversation, images included; the rest is cut off"
+        2048, ge=8, description="maximum tokens of a conversation, images included; longer ones are truncated"
     )
-    generate: bool = Field(True, description="generate answers in evaluation, besides scoring the true ones")
+    generate: bool = Field(True, description="generate answers in evaluation, besides measuring the loss")
     max_new_tokens: int = Field(32, ge=1, description="maximum tokens of a generated answer")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="precision of weights and optimizer; auto is that of the checkpoint"
+        "auto", description="precision of weights and optimizer; auto keeps the checkpoint's"
     )
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
         "adamw", description="8-bit optimizers need bitsandbytes and CUDA"
     )
-    group_by_length: bool = Field(
-        True, description="group conversations of similar length into batches, for less padding"
-    )
+    group_by_length: bool = Field(True, description="batch conversations of similar length, for less padding")
     distill_logits: float = Field(
-        0.0, ge=0, description="weight of the divergence of next-token probabilities from the dense model's"
+        0.0, ge=0, description="weight of the KL divergence to the dense model's next-token probabilities"
     )
 
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
@@ -83,7 +81,7 @@ class ChatSettings(RowSettings):
 
 @dataclass(frozen=True)
 class Item:
-    """A sample of a data set, and its number there."""
+    """A sample and its index in the data set."""
 
     number: int
     sample: Sample
@@ -93,10 +91,13 @@ class ChatRows(Dataset[Item]):
     """The conversations of a split.
 
     Args:
-        rows: checked.
+        rows: of the split.
         format: of the model.
-        prompt: what is asked of images with captions.
-        training: whether one of several captions is drawn; else the first answers.
+        prompt: question for images with captions.
+        training: whether to draw one of several captions; otherwise the first is used.
+
+    Raises:
+        DataError: a row does not fit the model; every row is checked here.
     """
 
     def __init__(self, rows: Rows, format: ChatFormat, prompt: str, *, training: bool) -> None:
@@ -106,7 +107,7 @@ class ChatRows(Dataset[Item]):
             format.check(conversation(row, prompt), row)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of conversations."""
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Item:
@@ -118,15 +119,15 @@ class ChatRows(Dataset[Item]):
         return Item(number, Sample(row, turns, tuple(images)))
 
     def without(self, numbers: Sequence[int]) -> ChatRows:
-        """Return those but some, which cannot be read."""
+        """Return the conversations without some, whose images cannot be read."""
         return ChatRows(self.rows.without(set(numbers)), self._format, self._prompt, training=self._training)
 
     def sources(self) -> Sources:
-        """Return the files behind them."""
+        """Return the files of the rows."""
         return self.rows.sources()
 
     def lengths(self) -> list[int]:
-        """Return about how many tokens every conversation has."""
+        """Return the estimated number of tokens of each conversation."""
         tokens, found = ImageTokens(self._format.processor), []
         for row in self.rows:
             turns = conversation(row, self._prompt)
@@ -135,29 +136,29 @@ class ChatRows(Dataset[Item]):
         return found
 
     def truths(self, number: int) -> tuple[str, ...]:
-        """Return what is a right answer to the last question, as people gave it."""
+        """Return the accepted answers to the last question."""
         row = self.rows[number]
         return row.answers or row.captions or (conversation(row, self._prompt)[-1].text.strip(),)
 
     def asked(self, number: int) -> str:
-        """Return what is said before the last answer, as people read it."""
+        """Return the conversation before the last answer, as text."""
         turns = conversation(self.rows[number], self._prompt)[:-1]
         return turns[0].text if len(turns) == 1 else "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
 
 
 @dataclass(frozen=True)
 class ChatCollator:
-    """Makes a batch of conversations; a class, so that worker processes can be given it."""
+    """Collates conversations; a class, because workers need a picklable collator."""
 
     format: ChatFormat
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """The items as one batch: the model's arguments, and labels [batch, tokens]."""
+        """Return the model's arguments, and "labels", [batch, tokens]."""
         return self.format.batch([item.sample for item in items])
 
 
 class ChatTask(Task[ChatSettings]):
-    """What a model writes."""
+    """Text generation, in answer to text and images."""
 
     name: ClassVar[str] = "chat"
     pipeline: ClassVar[str | None] = "image-text-to-text"
@@ -171,18 +172,21 @@ class ChatTask(Task[ChatSettings]):
     autos: ClassVar[tuple[str, ...]] = AUTOS
 
     def build(self, settings: ChatSettings) -> nn.Module:
-        """There is no model without a checkpoint: its processor and template come with it."""
+        """Refuse: a model needs the processor and chat template of a checkpoint.
+
+        Raises:
+            SettingError: always.
+        """
         raise SettingError(
-            "Which model to train is not said. Give --model: a folder of transformers, a name on the hub, or an "
-            "output of upop."
+            "No model is given. Set --model to a folder of transformers, a name on the hub, or an output of upop."
         )
 
     def load(self, path: Path, settings: ChatSettings) -> nn.Module:
-        """Return the model in a folder, dense or compressed, in the precision that the settings ask for."""
+        """Return the model in a folder, dense or compressed, in the precision of the settings."""
         return self._prepared(open_model(path, AUTOS).model, path, settings)
 
     def start(self, path: Path, settings: ChatSettings) -> tuple[nn.Module, Sequence[str]]:
-        """Return a model to be trained, and the tensors that start afresh: all of a folder without weights."""
+        """Return a model to train, and its newly initialised tensors: all of them if the folder has no weights."""
         opened = open_model(path, AUTOS, fresh=True)
         return self._prepared(opened.model, path, settings), opened.fresh
 
@@ -191,10 +195,10 @@ class ChatTask(Task[ChatSettings]):
         return model.to(PRECISIONS[settings.precision]) if settings.precision != "auto" else model
 
     def adapt(self, model: nn.Module, settings: ChatSettings, *, training: bool) -> tuple[nn.Module, Sequence[str]]:
-        """Return the model as it is; an optimizer that is not installed is refused before anything is evaluated.
+        """Return the model unchanged; check the optimizer before any long work.
 
         Raises:
-            MissingLibraryError: it is not.
+            MissingLibraryError: the library of the optimizer is not installed.
         """
         if training:
             _optimizer_class(settings.optimizer)
@@ -206,7 +210,7 @@ class ChatTask(Task[ChatSettings]):
         return ChatRows(rows_for(settings, split, KINDS), found, settings.prompt, training=split == "train")
 
     def evaluated(self, settings: ChatSettings) -> tuple[str, ...]:
-        """Return the splits that are held out."""
+        """Return the held-out splits that the settings name data for."""
         return settings.held_out
 
     def collate(self, settings: ChatSettings) -> Callable[[list[Any]], Batch]:
@@ -214,7 +218,7 @@ class ChatTask(Task[ChatSettings]):
         return ChatCollator(_format(settings))
 
     def sampler(self, samples: Dataset[Any], settings: ChatSettings) -> Sampler[int] | None:
-        """Return what batches conversations of like length."""
+        """Return a sampler that batches conversations of similar length, or None."""
         assert isinstance(samples, ChatRows)
         if not settings.group_by_length:
             return None
@@ -225,11 +229,11 @@ class ChatTask(Task[ChatSettings]):
         return LengthSampler(samples.lengths(), together, settings.seed)
 
     def pipeline_for(self, settings: ChatSettings) -> str:
-        """Return what the hub calls writing about images, or writing alone."""
+        """Return the hub's task: image-text-to-text, or text-generation for a model without images."""
         return "image-text-to-text" if _format(settings).takes_images else "text-generation"
 
     def tokenizer(self, settings: ChatSettings) -> Any:
-        """Return the model's processor, which checkpoints keep."""
+        """Return the model's processor, which checkpoints store."""
         return _format(settings).processor
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -237,40 +241,40 @@ class ChatTask(Task[ChatSettings]):
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def distill_options(self, settings: ChatSettings) -> dict[str, float]:
-        """Return how the dense model teaches: by its hidden states, by its next-token probabilities, or both."""
+        """Return the weights of the feature loss and of the divergence of next-token probabilities."""
         return {"features": settings.distill_weight, "logits": settings.distill_logits}
 
     def optimizer(self, model: nn.Module, settings: ChatSettings) -> torch.optim.Optimizer:
-        """Return AdamW, with a state of 8 bits where that is asked for."""
+        """Return AdamW, with 8-bit state if the settings say so."""
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rate, decay = settings.init_lr, settings.weight_decay
         found: torch.optim.Optimizer = _optimizer_class(settings.optimizer)(weights, lr=rate, weight_decay=decay)
         return found
 
     def loss(self, model: nn.Module, batch: Batch, settings: ChatSettings, epoch: float) -> Tensor:
-        """Return the mean loss of the answers' tokens, each of which weighs the same."""
-        nll, labels, _ = weighed(model, batch)
+        """Return the mean cross-entropy of all answer tokens in the batch."""
+        nll, labels, _ = token_losses(model, batch)
         return nll.sum() / (labels != IGNORED).sum().clamp(min=1)
 
     def predict(self, model: nn.Module, batch: Batch, settings: ChatSettings) -> dict[str, Tensor]:
-        """Return of every answer its loss, tokens and how many of them are likeliest, [B] each; and what is written."""
-        nll, labels, likeliest = weighed(model, batch)
-        counted = labels != IGNORED
+        """Return per answer the loss "nll", "tokens" and correct tokens "right", [batch]; and generated "answers"."""
+        nll, labels, likeliest = token_losses(model, batch)
+        in_answer = labels != IGNORED
         found = {
             "nll": nll.sum(1),
-            "tokens": counted.sum(1),
-            "right": ((likeliest == labels) & counted).sum(1),
+            "tokens": in_answer.sum(1),
+            "right": ((likeliest == labels) & in_answer).sum(1),
         }
         if settings.generate:
-            found["answers"] = write(model, batch, _format(settings), settings.max_new_tokens)
+            found["answers"] = generate_answers(model, batch, _format(settings), settings.max_new_tokens)
         return found
 
     def score(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ChatSettings
     ) -> dict[str, float]:
-        """Return token_acc (percent), loss, perplexity; of written answers those of `answer_scores`, or captions'."""
+        """Return token_acc (percent), loss and perplexity; for generated answers, also answer or caption scores."""
         assert isinstance(samples, ChatRows)
-        _check_weighed(predictions["tokens"], samples, settings)
+        _check_truncated(predictions["tokens"], samples, settings)
         tokens = int(predictions["tokens"].sum())
         loss = float(predictions["nll"].double().sum()) / tokens
         scores = {
@@ -280,7 +284,7 @@ class ChatTask(Task[ChatSettings]):
         }
         if "answers" not in predictions or samples.rows.kind == "text":
             return scores
-        texts = _format(settings).written(predictions["answers"])
+        texts = _format(settings).decode(predictions["answers"])
         truths = [samples.truths(number) for number in range(len(samples))]
         if samples.rows.kind == "caption":
             return scores | caption_scores(dict(enumerate(texts)), dict(enumerate(truths)))
@@ -294,10 +298,10 @@ class ChatTask(Task[ChatSettings]):
         settings: ChatSettings,
         album: Album,
     ) -> list[Example]:
-        """Return images, questions and answers, beside the true ones."""
+        """Return images, questions and generated answers, with the true answer."""
         assert isinstance(samples, ChatRows)
         format = _format(settings)
-        texts = {name: format.written(rows["answers"]) for name, rows in found.items() if "answers" in rows}
+        texts = {name: format.decode(rows["answers"]) for name, rows in found.items() if "answers" in rows}
         shown = []
         for place, number in enumerate(numbers):
             truths = samples.truths(number)
@@ -313,7 +317,7 @@ class ChatTask(Task[ChatSettings]):
         return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` times the same question, with a grey image where the model sees images."""
+        """Return `batch_size` copies of a question, with a grey image if the model takes images."""
         format = chat_format(getattr(model, _FOLDER), 2**20)
         image = (Image.new("RGB", (336, 336), "grey"),) if format.takes_images else ()
         turns = (
@@ -330,7 +334,7 @@ class ChatTask(Task[ChatSettings]):
 
 
 def _optimizer_class(name: str) -> Any:
-    """Return the class of an optimizer that the settings name."""
+    """Return the class of an optimizer, by its name in the settings."""
     if name == "adamw":
         return torch.optim.AdamW
     with naming_missing():
@@ -338,29 +342,29 @@ def _optimizer_class(name: str) -> Any:
     return {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
 
 
-def _check_weighed(tokens: Tensor, samples: ChatRows, settings: ChatSettings) -> None:
-    """Refuse samples of whose answers no token is left, and say how many such there are among others."""
+def _check_truncated(tokens: Tensor, samples: ChatRows, settings: ChatSettings) -> None:
+    """Warn about rows whose answers are truncated to nothing; raise a `DataError` if all are."""
     empty = (tokens == 0).nonzero().flatten().tolist()
     if not empty:
         return
     place, most = samples.rows[empty[0]].place, f"max_tokens ({settings.max_tokens})"
     if len(empty) == len(tokens):
         raise DataError(
-            f"{place}: its answer lies beyond {most}, where conversations are cut off, as do those of all other rows "
-            "that are evaluated. Set max_tokens higher."
+            f"{place}: the answer lies beyond {most}, where conversations are truncated, as in all other evaluated "
+            "rows. Raise max_tokens."
         )
     warnings.warn(
-        f"{len(empty)} of {len(tokens)} rows ({place}, and on) have their answers beyond {most}, where conversations "
-        "are cut off: token accuracy and perplexity are those of the others. Set max_tokens higher.",
+        f"{len(empty)} of {len(tokens)} rows (the first is {place}) have their answers beyond {most}, where "
+        "conversations are truncated. Token accuracy and perplexity leave them out. Raise max_tokens to include them.",
         stacklevel=2,
     )
 
 
-def weighed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of every label, 0 where there is none, the labels, and the likeliest tokens, [batch, K] each.
+def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of labels (0 for ignored ones), the labels and the likeliest tokens, [batch, positions] each.
 
-    Only the places where some answer of the batch goes on are computed, where the model can leave out the others: the
-    vocabulary is wide.
+    Positions without a label in any sample are left out, if the model has `logits_to_keep`: logits over a vocabulary
+    take much memory.
     """
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -378,25 +382,25 @@ def weighed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def write(model: Any, batch: Batch, format: ChatFormat, most: int) -> Tensor:
-    """Return the tokens that a model answers with, [B, most], filled up with the padding token; the likeliest ones."""
+def generate_answers(model: Any, batch: Batch, format: ChatFormat, most: int) -> Tensor:
+    """Return the token ids of greedily generated answers, [batch, most], padded."""
     pad = format.tokenizer.pad_token_id
-    asked = prompts(batch, pad)
+    prompt = prompts(batch, pad)
     kind = next(model.parameters()).dtype
-    asked = {name: value.to(kind) if value.is_floating_point() else value for name, value in asked.items()}
-    given = 0 if "decoder_input_ids" in batch else asked["input_ids"].shape[1]
+    prompt = {name: value.to(kind) if value.is_floating_point() else value for name, value in prompt.items()}
+    given = 0 if "decoder_input_ids" in batch else prompt["input_ids"].shape[1]
     found = model.generate(
-        **asked, max_new_tokens=most, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=format.ends
+        **prompt, max_new_tokens=most, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=format.ends
     )[:, given:]
     return F.pad(found[:, :most], (0, most - min(most, found.shape[1])), value=pad)
 
 
 @lru_cache(maxsize=4)
 def chat_format(folder: str, max_tokens: int) -> ChatFormat:
-    """Return how conversations become batches for the model in a folder.
+    """Return the chat format of the model in a folder: it turns conversations into batches.
 
     Raises:
-        CheckpointError: it has no processor or tokenizer, or there is no such folder.
+        CheckpointError: the folder does not exist, or has no processor or tokenizer.
     """
     return ChatFormat(open_processor(Path(folder)), Path(folder), max_tokens)
 
@@ -404,7 +408,7 @@ def chat_format(folder: str, max_tokens: int) -> ChatFormat:
 def _format(settings: ChatSettings) -> ChatFormat:
     if not settings.pretrained:
         raise SettingError(
-            "Which model is not said. Give --model: a folder of transformers, a name on the hub, or an output of upop."
+            "No model is given. Set --model to a folder of transformers, a name on the hub, or an output of upop."
         )
     return chat_format(str(local_path(settings.pretrained)), settings.max_tokens)
 

@@ -1,4 +1,4 @@
-"""Classification (ImageNet) with timm's vision transformers, DeiT-S as published: what does an image show?"""
+"""Image classification (ImageNet) with timm's vision transformers; DeiT-S is the published one."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ class ClassificationSettings(ImageSettings):
         0.875, gt=0, le=1, description="share of an image's short side in the centre crop of evaluation"
     )
 
-    # How DeiT's training varies images; `augment: false` leaves all of it out but the mixing.
+    # DeiT's augmentations; `augment: false` turns off all of them except mixup and cutmix.
     auto_augment: str | None = Field(POLICY, description="augmentation policy, by timm's name")
     color_jitter: float = Field(0.4, ge=0, description="strength of colour jitter without a policy")
     train_interpolation: CropInterpolation = "bicubic"
-    reprob: float = Field(0.25, ge=0, le=1, description="probability that a rectangle is erased")
+    reprob: float = Field(0.25, ge=0, le=1, description="probability of random erasing")
     remode: Erasing = "pixel"
     recount: int = Field(1, ge=1)
     repeats: int = Field(3, ge=1, description="repeated augmentation: copies of a sample per epoch; 1 turns it off")
-    mixup: float = Field(0.8, ge=0, description="alpha; 0 turns it off")
-    cutmix: float = Field(1.0, ge=0, description="alpha; 0 turns it off")
+    mixup: float = Field(0.8, ge=0, description="mixup alpha; 0 turns it off")
+    cutmix: float = Field(1.0, ge=0, description="cutmix alpha; 0 turns it off")
     cutmix_minmax: tuple[float, float] | None = None
     mixup_prob: float = Field(1.0, ge=0, le=1)
     mixup_switch_prob: float = Field(0.5, ge=0, le=1, description="probability of cutmix, if both are on")
     mixup_mode: MixMode = "batch"
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
     dropout: float = Field(0.0, ge=0, lt=1)
-    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth, at the last block")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
 
     init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
     init_lr: float = Field(1e-4, gt=0)
@@ -85,11 +85,11 @@ class ClassificationSettings(ImageSettings):
 
     @property
     def listed_folders(self) -> tuple[Path, ...]:
-        """The splits' folders, each folder in which is a class."""
+        """The folders of the splits, whose subfolders are classes."""
         return tuple(self.data_path / split for split in ClassificationTask.splits.values())
 
     def mixing(self, classes: int) -> Mixing | None:
-        """Return how training images are mixed, if they are."""
+        """Return mixup and cutmix of training batches; None if both are off."""
         mixing = Mixing(
             classes,
             self.mixup,
@@ -104,7 +104,7 @@ class ClassificationSettings(ImageSettings):
 
 
 class ClassificationTask(PublishedTask[ClassificationSettings]):
-    """What an image shows, one of many classes."""
+    """Image classification: one class per image."""
 
     name: ClassVar[str] = "classification"
     pipeline: ClassVar[str | None] = "image-classification"
@@ -116,9 +116,9 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     update_first_step: ClassVar[bool] = False
 
     def sizes(self, settings: ClassificationSettings) -> dict[str, Any]:
-        """Return the architecture, where one was named, and in what the settings differ from it.
+        """Return the sizes in the settings: the architecture if one is named, and what differs from it.
 
-        The rest is what a checkpoint says.
+        A checkpoint determines the others.
         """
         named = {"architecture": settings.architecture} if "architecture" in settings.model_fields_set else {}
         return {
@@ -129,7 +129,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         }
 
     def build(self, settings: ClassificationSettings) -> nn.Module:
-        """Return the model with initial weights, for the classes of the data."""
+        """Return the model with random weights, for the classes of the data."""
         sizes = {"image_size": settings.image_size, "classes": _classes(settings), **self.sizes(settings)}
         with described(SIZES):
             config = ClassifierConfig(**sizes)
@@ -138,7 +138,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return model
 
     def _at_size(self, model: nn.Module, settings: ClassificationSettings, source: str) -> nn.Module:
-        return model  # `adapt` brings it to the run's size, with the run's drop-out
+        return model  # `adapt` resizes it
 
     def adapt(
         self, model: nn.Module, settings: ClassificationSettings, *, training: bool
@@ -149,7 +149,9 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         wanted = {name: getattr(settings, name) for name in ("image_size", "dropout", "drop_path")}
         if wanted != {name: getattr(config, name) for name in wanted}:
             if config.image_size != settings.image_size:
-                changes.append(f"Positions are resized from {config.image_size} to {settings.image_size} pixels.")
+                changes.append(
+                    f"position embeddings are resized from {config.image_size} to {settings.image_size} pixels"
+                )
             changed = config.model_copy(update=wanted)
             state = classifier_positions(model.state_dict(), changed)
             model = fit(build_classifier(changed), state, str(settings.pretrained), lambda _group: False).eval()
@@ -157,15 +159,15 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         if config.classes != classes:
             if not training:
                 raise CheckpointError(
-                    f"{settings.pretrained} tells {config.classes} classes apart, and {settings.data_path} holds "
-                    f"{classes}. Evaluate it on data with its own classes."
+                    f"{settings.pretrained} has {config.classes} classes, and {settings.data_path} has {classes}. "
+                    "Evaluate it on data with its own classes."
                 )
             fresh = ", ".join(replace_head(model, classes))
-            changes.append(f"The head for {config.classes} classes gives way to a fresh one for {classes}: {fresh}.")
+            changes.append(f"the head for {config.classes} classes is replaced by a new one for {classes}: {fresh}")
         return model, changes
 
     def evaluated(self, settings: ClassificationSettings) -> tuple[str, ...]:
-        """Return the splits that are held out; a test split is one more folder, where there is one."""
+        """Return "val", and "test" if the data have a folder for it."""
         return ("val", "test") if (settings.data_path / "test").is_dir() else ("val",)
 
     def dataset(self, settings: ClassificationSettings, split: str) -> Dataset[Any]:
@@ -195,22 +197,22 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         if training and batch % 2 and self.takes_pairs(settings):
             few = f"all {len(samples)} training images are one batch" if batch == len(samples) else "it is odd"
             raise SettingError(
-                f"batch_size_train is {settings.batch_size_train}, and {few}: mixup and cutmix take images in pairs. "
+                f"batch_size_train is {settings.batch_size_train}, and {few}: mixup and cutmix need pairs of images. "
                 f"Set batch_size_train to an even number{f', such as {batch - 1}' if batch > 1 else ''}, or mixup and "
                 "cutmix to 0."
             )
         return samples
 
     def takes_pairs(self, settings: ClassificationSettings) -> bool:
-        """Mixup and cutmix take images in pairs."""
+        """Whether mixup or cutmix is on: they need pairs of images."""
         return settings.mixing(1) is not None
 
     def sampler(self, samples: Dataset[Any], settings: ClassificationSettings) -> Sampler[int] | None:
-        """Return repeated augmentation's choice of samples."""
+        """Return the sampler of repeated augmentation, or None."""
         return RepeatedSampler(samples, settings.repeats, settings.seed) if settings.repeats > 1 else None
 
     def collate(self, settings: ClassificationSettings) -> Callable[[list[Any]], Batch]:
-        """Return the collator that stacks images, and mixes those of training."""
+        """Return the collator, which stacks images, and mixes them in training."""
         return ImageCollator(settings.mixing(_classes(settings)))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -218,27 +220,27 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return {"x": batch["images"]}
 
     def optimizer(self, model: nn.Module, settings: ClassificationSettings) -> torch.optim.Optimizer:
-        """Return AdamW, which decays neither biases and norms nor positions and class tokens."""
+        """Return AdamW, without weight decay for biases, norms, position embeddings and class tokens."""
         listed: set[str] = getattr(model, "no_weight_decay", set)()
         groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=listed)
         return torch.optim.AdamW(groups, lr=settings.init_lr)
 
     def loss(self, model: nn.Module, batch: Batch, settings: ClassificationSettings, epoch: float) -> Tensor:
-        """Return the cross-entropy with smoothed labels, or with the shares of classes in mixed images."""
+        """Return the cross-entropy with smoothed labels, or with the soft targets of mixed images."""
         logits = model(batch["images"]).float()
         if "targets" in batch:
             return F.cross_entropy(logits, batch["targets"])
         return F.cross_entropy(logits, batch["labels"], label_smoothing=settings.smoothing)
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClassificationSettings) -> dict[str, Tensor]:
-        """Return the likeliest classes [batch, 5] (fewer where there are fewer), and labels [batch]."""
+        """Return "answers", the likeliest classes, [batch, up to 5], and "labels", [batch]."""
         logits = model(batch["images"])
         return {"answers": likeliest(logits), "labels": batch["labels"]}
 
     def score(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ClassificationSettings
     ) -> dict[str, float]:
-        """Return acc@1 and, where there are five classes, acc@5, in percent."""
+        """Return acc@1, and acc@5 if there are at least five classes, in percent."""
         return accuracies(predictions)
 
     def examples(
@@ -249,7 +251,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         settings: ClassificationSettings,
         album: Album,
     ) -> list[Example]:
-        """Return images and the likeliest classes, beside the true ones."""
+        """Return images and the likeliest classes, with the true class."""
         assert isinstance(samples, ImageFolderDataset)
         return labelled_examples(found, samples, numbers, album)
 

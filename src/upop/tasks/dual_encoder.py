@@ -37,13 +37,13 @@ class DualEncoderSettings(LibrarySettings):
     """Settings of `upop compress dual-encoder`."""
 
     loss: LossName = Field(
-        "auto", description="softmax, or sigmoid as in SigLIP; auto takes sigmoid where the model has a bias"
+        "auto", description="softmax, or sigmoid as in SigLIP; auto is sigmoid if the model has a logit bias"
     )
     templates: tuple[str, ...] = Field(
-        ("a photo of a {}.",), description="templates for class names, for images with labels"
+        ("a photo of a {}.",), description="prompt templates for class names, for images with labels"
     )
     distill_similarity: float | None = Field(
-        None, ge=0, description="weight in the loss of how far the similarities of a batch are from the dense model's"
+        None, ge=0, description="weight of the divergence of a batch's similarities from the dense model's"
     )
     batch_size_train: int = Field(64, ge=1)
     batch_size_test: int = Field(64, ge=1)
@@ -53,12 +53,12 @@ class DualEncoderSettings(LibrarySettings):
     def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
         wrong = next((each for each in templates if each.count("{}") != 1), None)
         if wrong is not None or not templates:
-            raise ValueError(f"each template has {{}} once, where the class name goes; found {wrong!r}")
+            raise ValueError(f"each template must contain {{}} once, for the class name; found {wrong!r}")
         return templates
 
 
 class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSettings]):
-    """Images found by texts, and texts by images; of images with labels the class, by the texts of all classes."""
+    """Retrieval in both directions; for images with labels, zero-shot classification."""
 
     name: ClassVar[str] = "dual-encoder"
     pipeline: ClassVar[str | None] = "zero-shot-image-classification"
@@ -67,7 +67,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
     autos: ClassVar[tuple[str, ...]] = ("AutoModelForZeroShotImageClassification", "AutoModel")
 
     def check(self, model: nn.Module, source: str) -> None:
-        """Refuse a model that does not embed images and texts apart."""
+        """Raise a `CheckpointError` unless the model encodes images and texts separately."""
         check_dual(model, source)
 
     def sample_inputs(self, processor: InputProcessor) -> dict[str, Tensor]:
@@ -75,11 +75,11 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return {**super().sample_inputs(processor), **processor.texts([_SHORT])}
 
     def evaluated(self, settings: DualEncoderSettings) -> tuple[str, ...]:
-        """Return the splits that there are data of."""
+        """Return the held-out splits that the settings name data for."""
         return settings.held_out
 
     def dataset(self, settings: DualEncoderSettings, split: str) -> Dataset[Any]:
-        """Return images with a caption each to train on; images with all captions, or with labels, to evaluate on."""
+        """Return images with one caption each in training; with all captions, or with labels, in evaluation."""
         if split == "train":
             change = CropAtRandom("mild") if settings.augment else unchanged
             return CaptionedImages(rows_for(settings, split, kinds=("caption",)), change)
@@ -91,20 +91,20 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return ImageSampleCollator(self.processor(settings))
 
     def loss(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings, epoch: float) -> Tensor:
-        """Return the contrastive loss of a batch of all processes."""
+        """Return the contrastive loss over the batches of all processes."""
         return contrast(model, model(**self.inputs_of(model, batch)), settings.loss)
 
     def inputs_of(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Return what of a batch the model's forward pass takes, in its precision."""
+        """Return the arguments of the model's forward pass in a batch, in its precision."""
         return self.takes(model, self.inputs(batch))
 
     def distill_options(self, settings: DualEncoderSettings) -> dict[str, float]:
-        """Return how the dense model teaches: by features, by the similarities of a batch, or by both."""
+        """Return the weights of the feature loss and of the divergence of similarities."""
         similar = settings.distill_similarity
         return {"features": settings.distill_weight} | ({"logits": similar} if similar else {})
 
     def predict(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings) -> dict[str, Tensor]:
-        """Return embeddings of images, [batch, dim], and labels [batch] where there are any."""
+        """Return "features" of images, [batch, dim], and "labels", [batch], if there are any."""
         features = encoded(model, "image", self.cast(model, batch))
         return {"features": features} | ({"labels": batch["labels"]} if "labels" in batch else {})
 
@@ -113,13 +113,13 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return encoded(model, "text", words)
 
     def some_of(self, words: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
-        """Return the inputs of some texts; padding stays, since not every model may do without."""
+        """Return the inputs of some texts, with their padding, which some models require."""
         return {name: value[part] for name, value in words.items()}
 
     def collect(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: DualEncoderSettings
     ) -> dict[str, Tensor]:
-        """Return the candidates of all images and texts, or the likeliest classes of images with labels."""
+        """Return the candidates of all images and texts, or, for images with labels, the likeliest classes."""
         samples = samples_of(loader)
         if not isinstance(samples, LabelledImages):
             return super().collect(accelerator, model, loader, settings)
@@ -136,7 +136,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return super().score(predictions, samples, settings)
 
     def deciding(self, scores: Mapping[str, float]) -> str:
-        """Return r_mean, or acc@1 of images with labels."""
+        """Return "acc@1" for images with labels, else "r_mean"."""
         return "acc@1" if "acc@1" in scores else self.metric
 
     def answers(
@@ -163,7 +163,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return super().examples(found, samples, numbers, settings, album)
 
     def about_examples(self, samples: Dataset[Any], numbers: Sequence[int], split: str) -> str:
-        """Return which samples `examples` shows."""
+        """Return a sentence about the samples that `examples` shows."""
         if isinstance(samples, LabelledImages):
             return Task.about_examples(self, samples, numbers, split)
         return super().about_examples(samples, numbers, split)
@@ -171,7 +171,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
     def _classes(
         self, accelerator: Accelerator, model: nn.Module, names: Sequence[str], settings: DualEncoderSettings
     ) -> Tensor:
-        """Return the embeddings of classes, [classes, dim]: of each the mean over all templates, of length one."""
+        """Return normalised class embeddings, [classes, dim]: the mean over all templates."""
         collate = self.collate(settings)
         device = accelerator.device
         means = []

@@ -1,7 +1,7 @@
-"""How much memory pruning and recovery take on one device, from a checkpoint's shapes and the longest samples.
+"""Estimates the memory of pruning and recovery on one device, from a checkpoint's shapes and a batch of samples.
 
-Nothing of the model is loaded. What tensors a step holds is counted by kind: weights, gradients, the optimizer's state,
-the dense model that teaches, activations, logits of answers. What kernels take for themselves is not counted.
+No weights are loaded. The estimate counts weights, gradients, optimizer state, the teacher, activations and logits, but
+no kernel workspaces.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ _HIDDEN = ("hidden_size", "d_model", "embed_dim")
 _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
 _INNER = ("intermediate_size", "encoder_ffn_dim", "mlp_dim")
 _PER_HIDDEN, _PER_INNER = 10, 4
-"""Numbers that a layer keeps for its backward pass, for each token, as multiples of its hidden and inner width."""
+"""Numbers per token that a layer saves for its backward pass, as multiples of its hidden and inner width."""
 _OPTIMIZER = {"adamw": None, "adamw8bit": 1, "paged_adamw8bit": 0}
-"""Bytes of each of the optimizer's two states for a weight: None is those of the weight; paged ones wait on the CPU."""
+"""Bytes per weight of each of the optimizer's two moments; None is the size of a weight. Paged ones are on the CPU."""
 _CORRECTED = 0.25
+"""Share of the weights that the correction holds at once."""
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of layers: how many, how wide, and how many tokens of a batch go through it."""
+    """A stack of layers: their number and widths, and the tokens of a batch that pass through them."""
 
     layers: int
     hidden: int
@@ -39,25 +40,25 @@ class Tower:
     tokens: int
 
     def kept(self, size: int, *, recomputed: bool) -> int:
-        """Return the bytes of activations for the backward pass; `size` is that of a number."""
+        """Return the bytes of activations saved for the backward pass; `size` is the bytes of a number."""
         layer = self.tokens * (_PER_HIDDEN * self.hidden + _PER_INNER * self.inner) * size
         return self.layers * self.tokens * self.hidden * size + layer if recomputed else self.layers * layer
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one device holds at most.
+    """Peak memory of one device.
 
     Attributes:
         parameters: of the dense model.
         size: bytes of a weight.
         towers: of the model, with the tokens of a batch.
-        logits: bytes of the logits of a batch's answers, and what their loss keeps.
+        logits: bytes of a batch's logits, and of what their loss saves.
         largest: bytes of the largest weight.
-        state: bytes that the optimizer keeps for a weight.
+        state: bytes of optimizer state per weight.
         batch: samples in a forward pass.
         recomputed: whether activations are recomputed (grad_checkpointing).
-        teacher: whether the dense model teaches.
+        teacher: whether the dense model is a teacher.
     """
 
     parameters: int
@@ -76,50 +77,51 @@ class Estimate:
         return self.parameters * self.size
 
     def one_shot(self) -> int:
-        """Return the bytes of pruning without training: gradients go as they become scores."""
+        """Return the bytes of pruning without training: a gradient is freed once its importance is computed."""
         activations = sum(tower.kept(self.size, recomputed=True) for tower in self.towers)
         return int(self.weights * (1 + _CORRECTED)) + self.largest + activations + self.logits
 
     def recovery(self, *, adapters: bool) -> int:
-        """Return the bytes of training: of all weights, or of adapters (LoRA) beside them."""
+        """Return the bytes of training: of all weights, or of LoRA adapters."""
         activations = sum(tower.kept(self.size, recomputed=self.recomputed) for tower in self.towers)
         trained = 0.01 if adapters else 1.0
         learned = int(trained * self.parameters * (self.size + self.state))
-        taught = self.weights if self.teacher else 0
-        return self.weights + learned + taught + activations + self.logits
+        teacher = self.weights if self.teacher else 0
+        return self.weights + learned + teacher + activations + self.logits
 
     def described(self) -> str:
-        """Return it as lines for a person."""
+        """Return the estimate as lines of text."""
         kinds = {4: "float32", 2: "bfloat16"}
         tokens = " + ".join(f"{tower.tokens:,}" for tower in self.towers)
-        again = "computed again" if self.recomputed else "kept (--grad-checkpointing computes them again)"
-        taught = ", the dense model teaching" if self.teacher else ""
+        again = "recomputed" if self.recomputed else "stored (--grad-checkpointing recomputes them)"
+        teacher = " with the dense model as teacher" if self.teacher else ""
         full, adapted = (format_bytes(self.recovery(adapters=adapters)) for adapters in (False, True))
         kind = kinds.get(self.size, f"{self.size} bytes each")
         lines = [
             f"{self.parameters / 1e6:,.1f} M parameters, {format_bytes(self.weights)} in {kind}",
             f"a batch of {self.batch} has {tokens} tokens",
             f"pruning without training (upop prune): {format_bytes(self.one_shot())}",
-            f"recovery of all weights{taught}: {full}; activations are {again}",
-            f"recovery by LoRA{taught}: {adapted}",
-            "An estimate for one device, of tensors alone; kernels and fragments take some more.",
+            f"recovery of all weights{teacher}: {full}; activations are {again}",
+            f"recovery by LoRA{teacher}: {adapted}",
+            "An estimate for one device. It counts tensors; kernels and fragmentation need somewhat more.",
         ]
         return "\n".join(lines)
 
 
 def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
-    """Return how much memory the model in `pretrained` takes with batches of `data`.
+    """Estimate the memory for the model in `pretrained` with batches of `data`.
 
     Raises:
-        SettingError: no model is named, or it is none of transformers.
-        DataError: the data cannot be used.
+        SettingError: no model is given, or it is not one of transformers.
+        DataError: the data are not valid.
     """
     if not settings.pretrained:
-        raise SettingError("Which model is not said. Give a folder or a name on the hub (--model).")
+        raise SettingError("No model is given. Set --model to a folder or a name on the hub.")
     checkpoint = open_checkpoint(settings.pretrained)
     if checkpoint.library != "transformers":
         raise SettingError(
-            f"{checkpoint.path} is no folder of transformers, whose configuration says how wide its layers are."
+            f"{checkpoint.path} is not a folder of transformers; the estimate needs the sizes in its config.json. Give "
+            "such a folder."
         )
     shapes = checkpoint.meta_state()
     sizes = {"float32": 4, "bfloat16": 2}
@@ -144,7 +146,7 @@ def _towers(config: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tow
     """Return the towers that a configuration describes, each with the tokens of a batch."""
     parts = [config.get("vision_config"), config.get("text_config") or config]
     tokens = [_patches(parts[0] or config, batch), batch["input_ids"].numel() if "input_ids" in batch else 0]
-    if "input_ids" not in batch:  # a model of images alone
+    if "input_ids" not in batch:  # an image model
         parts, tokens = [config], tokens[:1]
     return tuple(
         Tower(layers, hidden, inner, count)
@@ -170,7 +172,7 @@ def _patches(part: Mapping[str, Any], batch: Mapping[str, Tensor]) -> int:
     images = batch.get("pixel_values")
     if images is None:
         return 0
-    if images.dim() == 2:  # patches in a row, as Qwen's
+    if images.dim() == 2:  # flattened patches, [patches, values], as in Qwen-VL
         return images.shape[0]
     side = _number(part, "patch_size") or 16
     return images.numel() // images.shape[-3] // side**2
@@ -180,5 +182,5 @@ def _logits(config: Mapping[str, Any], batch: Mapping[str, Tensor], size: int) -
     if "labels" not in batch or batch["labels"].dim() != 2:
         return 0
     words = _number(config.get("text_config") or config, "vocab_size") or _number(config, "vocab_size") or 0
-    places = int((batch["labels"] >= 0).any(0).sum()) * len(batch["labels"])
-    return places * words * (size + 2 * 4)
+    positions = int((batch["labels"] >= 0).any(0).sum()) * len(batch["labels"])
+    return positions * words * (size + 2 * 4)

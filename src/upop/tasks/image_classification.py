@@ -1,4 +1,4 @@
-"""Image classification with transformers' classifiers (ViT, Swin, DINOv2, BEiT, ConvNeXt, ...): what does it show?"""
+"""Image classification with classifiers of transformers (ViT, Swin, DINOv2, BEiT, ConvNeXt, ...)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from upop.tasks.library import LibrarySettings, LibraryTask
 from upop.tasks.row_settings import rows_for
 
 _UNNAMED = "LABEL_"
-"""How transformers names classes that have no names."""
+"""Prefix of transformers' default class names."""
 
 
 class ImageClassificationSettings(LibrarySettings):
@@ -34,7 +34,7 @@ class ImageClassificationSettings(LibrarySettings):
 
 
 class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
-    """What an image shows, one of many classes, by a classifier of transformers."""
+    """Image classification with a classifier of transformers."""
 
     name: ClassVar[str] = "image-classification"
     pipeline: ClassVar[str | None] = "image-classification"
@@ -45,9 +45,9 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
     autos: ClassVar[tuple[str, ...]] = ("AutoModelForImageClassification",)
 
     def changes(self, path: Path, settings: ImageClassificationSettings) -> dict[str, Any]:
-        """Return the classes of the data, where those of the model are others: its head starts afresh for them."""
+        """Return the classes of the data if the model has others: it then gets a new head."""
         names = rows_for(settings, "train", kinds=("label",)).names
-        if _fitting(_classes_in(open_checkpoint(path)), names):
+        if _has_classes(_classes_in(open_checkpoint(path)), names):
             return {}
         return {
             "id2label": {str(number): name for number, name in enumerate(names)},
@@ -58,33 +58,33 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
     def adapt(
         self, model: nn.Module, settings: ImageClassificationSettings, *, training: bool
     ) -> tuple[nn.Module, Sequence[str]]:
-        """Refuse a model that knows other classes than the data have.
+        """Return the model unchanged, after checking that it has the classes of the data.
 
         Raises:
-            CheckpointError: it does.
+            CheckpointError: it has others.
         """
         split = next(iter((*(("train",) if settings.data else ()), *settings.held_out)))
         names = rows_for(settings, split, kinds=("label",)).names
         config: Any = model.config
         mine = _named(config.id2label)
-        if not _fitting(mine, names):
+        if not _has_classes(mine, names):
             raise CheckpointError(
-                f"{settings.pretrained} tells the classes {some_of(mine)} apart, and the data have {some_of(names)}. "
-                "Train it on them first (upop train image-classification), which gives it a new head, or rename the "
-                "classes of the data."
+                f"{settings.pretrained} has the classes {some_of(mine)}, and the data have {some_of(names)}. Train it "
+                "on the data first (upop train image-classification), which gives it a new head, or rename the classes "
+                "of the data."
             )
         return model, ()
 
     def evaluated(self, settings: ImageClassificationSettings) -> tuple[str, ...]:
-        """Return the splits that there are data of."""
+        """Return the held-out splits that the settings name data for."""
         return settings.held_out
 
     def dataset(self, settings: ImageClassificationSettings, split: str) -> Dataset[Any]:
-        """Return images with their classes, numbered as the model numbers them."""
+        """Return images with labels, in the model's numbering of classes."""
         rows = rows_for(settings, split, kinds=("label",))
         mine = _classes_in(open_checkpoint(str(settings.pretrained))) if settings.pretrained else None
         training = rows.names if split == "train" or not settings.data else _train_names(settings)
-        names = mine if mine is not None and _has_names(mine) and _fitting(mine, training) else training
+        names = mine if mine is not None and _has_names(mine) and _has_classes(mine, training) else training
         crops = split == "train" and settings.augment
         return LabelledImages(rows, CropAtRandom("strong") if crops else unchanged, names)
 
@@ -98,7 +98,7 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
         return F.cross_entropy(logits, batch["labels"], label_smoothing=settings.smoothing)
 
     def predict(self, model: nn.Module, batch: Batch, settings: ImageClassificationSettings) -> dict[str, Tensor]:
-        """Return the likeliest classes [B, 5] (fewer where there are fewer), labels [B], and the loss of each, [B]."""
+        """Return "answers", the likeliest classes, [batch, up to 5]; "labels" and "nll", the loss, [batch]."""
         logits = model(**self.takes(model, self.inputs(batch))).logits.float()
         nll = F.cross_entropy(logits, batch["labels"], reduction="none")
         return {"answers": likeliest(logits), "labels": batch["labels"], "nll": nll}
@@ -106,7 +106,7 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
     def score(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ImageClassificationSettings
     ) -> dict[str, float]:
-        """Return acc@1 and, where there are five classes, acc@5, in percent, and the mean loss."""
+        """Return acc@1, acc@5 if there are at least five classes, in percent, and the mean loss."""
         return {**accuracies(predictions), "loss": float(predictions["nll"].double().mean())}
 
     def examples(
@@ -117,13 +117,13 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
         settings: ImageClassificationSettings,
         album: Album,
     ) -> list[Example]:
-        """Return images and the likeliest classes, beside the true ones."""
+        """Return images and the likeliest classes, with the true class."""
         assert isinstance(samples, LabelledImages)
         return labelled_examples(found, samples, numbers, album)
 
 
 def _classes_in(checkpoint: Checkpoint) -> tuple[str, ...] | None:
-    """Return the names of the classes in a folder's config.json, by their numbers; None where it has none."""
+    """Return the class names in a folder's config.json, by index; None if it has none."""
     if checkpoint.library != "transformers":
         return None
     config = checkpoint.config
@@ -142,8 +142,8 @@ def _has_names(classes: Sequence[str]) -> bool:
     return not all(name == f"{_UNNAMED}{number}" for number, name in enumerate(classes))
 
 
-def _fitting(mine: Sequence[str] | None, names: Sequence[str]) -> bool:
-    """Whether a model with these classes can say those of the data: it has their names, or as many without names."""
+def _has_classes(mine: Sequence[str] | None, names: Sequence[str]) -> bool:
+    """Whether a model has the classes of the data: by name, or by number if its classes have no names."""
     if mine is None:
         return False
     return set(names) <= set(mine) if _has_names(mine) else len(mine) == len(names)

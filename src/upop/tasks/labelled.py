@@ -1,4 +1,4 @@
-"""What tasks share that say which class an image shows: accuracy, and examples that people read."""
+"""Shared by the classification tasks: top-k predictions and examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOP = 5
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Return the likeliest classes of images, best first, [batch, 5], or fewer where there are fewer classes."""
+    """Return the likeliest classes, best first, [batch, 5]; fewer columns if there are fewer classes."""
     return logits.topk(min(TOP, logits.shape[1])).indices
 
 
@@ -38,15 +38,15 @@ def labelled_examples(
     numbers: Sequence[int],
     album: Album,
 ) -> list[Example]:
-    """Return images and the likeliest classes, beside the true ones.
+    """Return images and the likeliest classes, with the true class.
 
     Args:
-        found: model's name -> its "answers", the likeliest classes [len(numbers), k].
+        found: name of a model -> its "answers", the likeliest classes, [len(numbers), k].
         samples: of a held-out split.
-        numbers: of the samples.
-        album: takes the images.
+        numbers: indices of the samples.
+        album: stores the images.
     """
-    names = dict(enumerate(samples.names))  # the model may know more classes than the data has
+    names = dict(enumerate(samples.names))  # the model may have more classes than the data
     shown, plain = [], untransformed(samples)
     for place, number in enumerate(numbers):
         item = plain[number]

@@ -1,4 +1,4 @@
-"""What the tasks share whose models are a library's own: how one is loaded, and who prepares its inputs."""
+"""Base of the tasks with models of transformers and open_clip: loading, and inputs by the model's own processor."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from upop.tasks.row_settings import RowSettings
 
 _EXAMPLE = "upop_example"
 _GREY = (127, 127, 127)
-_SIDE = 64  # of the grey image that is processed to learn what a model is fed with; processors resize it
+_SIDE = 64  # pixels of the example image, which the processor resizes
 
 
 class LibrarySettings(RowSettings):
     """Settings of the tasks with models of transformers and open_clip."""
 
-    recorded: ClassVar[tuple[str, ...]] = ()  # the processor beside the weights says how inputs are prepared
+    recorded: ClassVar[tuple[str, ...]] = ()  # the checkpoint's processor prepares inputs
     of_model: ClassVar[Mapping[str, str]] = {}
 
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the weights; bfloat16 halves their memory, and that of the optimizer"
+        "float32", description="precision of weights; bfloat16 halves their memory and the optimizer's"
     )
-    augment: bool = Field(False, description="crop training images at random before the processor resizes them")
+    augment: bool = Field(False, description="randomly crop training images before the processor resizes them")
     padding: Padding = Field(
         "auto", description="padding of texts: to the longest of a batch, or to the model's max_length"
     )
-    max_length: int | None = Field(None, ge=1, description="tokens of the longest text; the model's own if not given")
+    max_length: int | None = Field(None, ge=1, description="maximum tokens of a text; by default the model's")
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     schedule: Literal["epoch", "step", "polynomial"] = "step"
     clip_grad: float | None = Field(1.0, gt=0, description="maximum norm of the gradients")
@@ -51,63 +51,63 @@ LibrarySettingsT = TypeVar("LibrarySettingsT", bound=LibrarySettings)
 
 
 class LibraryTask(Task[LibrarySettingsT]):
-    """A task with a model of transformers or open_clip, which `--model` names."""
+    """A task with a model of transformers or open_clip, given by `--model`."""
 
     model_prepares: ClassVar[bool] = True
     autos: ClassVar[tuple[str, ...]]
-    """Names of transformers' Auto classes whose models will do, in order of preference."""
+    """Names of transformers' Auto classes whose models the task takes, in order of preference."""
 
     def check(self, model: nn.Module, source: str) -> None:
-        """Refuse a model that is none for this task.
+        """Check that a model suits the task; by default any does.
 
         Raises:
-            CheckpointError: it is none.
+            CheckpointError: it does not.
         """
 
     def build(self, settings: LibrarySettingsT) -> nn.Module:
-        """Refuse to build a model from nothing: a folder says which one.
+        """Refuse: the model comes from a folder.
 
         Raises:
             SettingError: always.
         """
         raise SettingError(
-            f"{self.name} needs a model, and none was given. Give a folder or a name on the hub with --model; a folder "
-            "with a config.json and a processor, and without weights, is trained from nothing."
+            f"{self.name} needs a model, and none was given. Set --model to a folder or a name on the hub. A folder "
+            "with a config.json and a processor, but no weights, is trained from scratch."
         )
 
     def load(self, path: Path, settings: LibrarySettingsT) -> nn.Module:
-        """Return the model in a folder, dense or compressed, of a library's or ours."""
+        """Return the model in a folder, dense or compressed, written by the library or by upop."""
         return self._prepared(open_model(path, self.autos).model, path, settings)
 
     def start(self, path: Path, settings: LibrarySettingsT) -> tuple[nn.Module, Sequence[str]]:
-        """Return a model to be trained, and the tensors that start afresh."""
+        """Return a model to train, and its newly initialised tensors."""
         opened = open_model(path, self.autos, fresh=True, changes=self.changes(path, settings))
         return self._prepared(opened.model, path, settings), opened.fresh
 
     def changes(self, path: Path, settings: LibrarySettingsT) -> dict[str, Any]:
-        """Return what of a folder's config.json must be otherwise for the data to train on."""
+        """Return the entries of config.json to change for the training data, such as its classes."""
         return {}
 
     def tokenizer(self, settings: LibrarySettingsT) -> InputProcessor | None:
-        """Return the processor, which is kept beside the weights as a tokenizer is."""
+        """Return the processor; checkpoints store it like a tokenizer."""
         return self.processor(settings) if settings.pretrained else None
 
     def processor(self, settings: LibrarySettingsT) -> InputProcessor:
-        """Return what makes the model's inputs."""
+        """Return the processor that makes the model's inputs."""
         if not settings.pretrained:
             self.build(settings)
         return _processor(str(local_path(str(settings.pretrained))), settings.padding, settings.max_length)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return all of a batch that its processor made."""
+        """Return the part of a batch that the processor made."""
         return {name: value for name, value in batch.items() if name not in ("ids", "labels")}
 
     def cast(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Return what of a batch its processor made, in the precision of the model."""
+        """Return the part of a batch that the processor made, in the model's precision."""
         return {name: _cast(value, model) for name, value in self.inputs(batch).items()}
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return a grey image and a text, or an image alone, as the model's processor makes them."""
+        """Return the inputs of a grey image, and of a text if the model takes one, `batch_size` times."""
         device = next(model.parameters()).device
         held: Mapping[str, Tensor] = getattr(model, _EXAMPLE)
         return {name: _cast(value, model).to(device).repeat_interleave(batch_size, 0) for name, value in held.items()}
@@ -117,14 +117,14 @@ class LibraryTask(Task[LibrarySettingsT]):
         return processor.images([Image.new("RGB", (_SIDE, _SIDE), _GREY)])
 
     def _prepared(self, model: nn.Module, path: Path, settings: LibrarySettingsT) -> nn.Module:
-        """Return a model in the run's precision, with the inputs of one sample noted on it."""
+        """Return a model in the run's precision, with the inputs of one sample as an attribute."""
         self.check(model, str(path))
         model = model.to(getattr(torch, settings.precision))
         setattr(model, _EXAMPLE, self.takes(model, self.sample_inputs(self.processor(settings))))
         return model
 
     def takes(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of some inputs that the model's forward pass names, in its precision."""
+        """Return the inputs that the model's forward pass accepts, in its precision."""
         return {name: _cast(value, model) for name, value in taken(unwrapped(model).forward, inputs).items()}
 
 

@@ -1,4 +1,4 @@
-"""Visual reasoning (NLVR2) with BLIP: is the sentence true of the two images?"""
+"""Visual reasoning (NLVR2) with BLIP: whether a sentence is true of two images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NlvrSettings(BlipSettings):
 
 
 class NlvrTask(BlipTask[NlvrSettings]):
-    """Visual reasoning over pairs of images."""
+    """Visual reasoning: whether a sentence is true of a pair of images."""
 
     name: ClassVar[str] = "nlvr"
     metric: ClassVar[str] = "accuracy"
@@ -44,7 +44,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
     config: ClassVar[type[BlipConfig]] = NlvrConfig
 
     def dataset(self, settings: NlvrSettings, split: str) -> Dataset[Any]:
-        """Return the pairs of a split; images are swapped at random in training only."""
+        """Return the pairs of a split; training swaps their images at random."""
         training = split == "train"
         size, how = settings.image_size, settings.images
         return NlvrDataset(
@@ -69,7 +69,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
         return F.cross_entropy(model(**self.inputs(batch)).float(), batch["labels"])
 
     def predict(self, model: nn.Module, batch: Batch, settings: NlvrSettings) -> dict[str, Tensor]:
-        """Return answers (1 is true) and labels, [batch]."""
+        """Return "answers" (1 is true) and "labels", [batch] each."""
         return {"answers": model(**self.inputs(batch)).argmax(1), "labels": batch["labels"]}
 
     def score(
@@ -86,18 +86,18 @@ class NlvrTask(BlipTask[NlvrSettings]):
         settings: NlvrSettings,
         album: Album,
     ) -> list[Example]:
-        """Return pairs of images, sentences, and whether they are true."""
+        """Return pairs of images with their sentences, and the answers."""
         shown, plain = [], untransformed(samples)
         for place, number in enumerate(numbers):
             item = plain[number]
-            said = {name: LABELS[int(rows["answers"][place])] for name, rows in found.items()}
+            texts = {name: LABELS[int(rows["answers"][place])] for name, rows in found.items()}
             truth = LABELS[item["label"]]
             shown.append(
                 Example(
                     images=tuple(album.add(item[f"image{side}"], f"{number}-{side}") for side in (0, 1)),
                     prompt=item["sentence"],
                     truth=Answer(text=truth),
-                    answers={name: Answer(text=text, right=text == truth) for name, text in said.items()},
+                    answers={name: Answer(text=text, right=text == truth) for name, text in texts.items()},
                 )
             )
         return shown

@@ -1,4 +1,4 @@
-"""Pruning without training: calibration samples rank the channels, and consumers of pruned ones are corrected."""
+"""Pruning without training: calibration samples rank the channels, and their consumers are corrected."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from upop.tasks.row_settings import RowSettings
 
 
 def task_for(checkpoint: Checkpoint) -> Task[Any]:
-    """Return the task that a model is for, as its class tells: it writes texts, names classes, or embeds.
+    """Return the task of a model, by its class: chat, image-classification or dual-encoder.
 
     Args:
-        checkpoint: a folder of transformers, of open_clip, or an output of ours.
+        checkpoint: a folder of transformers or open_clip, or an output of upop.
 
     Raises:
-        CheckpointError: it is none of these.
+        CheckpointError: the class belongs to none of these tasks.
     """
     from upop.checkpoints.pretrained import class_named, classes_of
 
@@ -43,8 +43,8 @@ def task_for(checkpoint: Checkpoint) -> Task[Any]:
         if name in classes_of(task.autos):  # type: ignore[attr-defined]
             return task
     raise CheckpointError(
-        f"{checkpoint.path} holds a {name}, which neither writes texts nor names classes nor embeds images and texts. "
-        "Use upop.calibrate from Python, with a loss of your own."
+        f"{checkpoint.path} holds a {name}, which is not a generative model, an image classifier or a dual encoder. "
+        "Use upop.calibrate in Python, with your own loss."
     )
 
 
@@ -59,15 +59,15 @@ def prune(
     """Prune the model in `pretrained` by some samples of `data`, evaluate it before and after, and save it.
 
     Args:
-        task: that the model is for.
-        settings: of the task; `samples` of `data` are for calibration, a share of it (`hold_out`), or val_data, is
-            evaluated, and `output_dir` is the folder of the model.
-        overwrite: whether a folder of ours that was changed since may be replaced.
-        command: as it was typed, for the model card.
-        notify: is called with lines for the user.
+        task: of the model.
+        settings: of the task; `samples` samples of `data` are for calibration, val_data or a share of `data`
+            (`hold_out`) for evaluation, and the model is saved to `output_dir`.
+        overwrite: whether to replace a folder that upop wrote and that was changed since.
+        command: the command line, for the model card.
+        notify: called with lines for the user.
 
     Raises:
-        UPopError: settings, data, checkpoint, device or folder cannot be used; before any long work.
+        UPopError: settings, data, checkpoint, device or folder are not usable; before any long work.
     """
     check_folder(settings.output_dir, "model", overwrite=overwrite)
     accelerator = make_accelerator(settings)
@@ -88,7 +88,7 @@ def prune(
         "example": task.example(model, 1),
         **settings.budget,
     }
-    # Before the dense model is evaluated, which may take long.
+    # Checked before the evaluation of the dense model, which may take long.
     choice = {name: value for name, value in shared.items() if name not in ("example", *settings.budget)}
     check_shared_budget(
         model, settings, shared["example"], round_to=round_to_for(accelerator.device, settings), **choice
@@ -97,15 +97,15 @@ def prune(
     device = accelerator.device
     model.to(device)
 
-    def measured(name: str) -> ModelResult:
+    def evaluated(name: str) -> ModelResult:
         metrics = {
             task.splits[split]: evaluate(accelerator, task, settings, model, loader)[0]
             for split, loader in prepared.items()
         }
-        # Not timed: the dense model is no more once it is pruned, and times of other moments do not compare.
+        # No latency: the model is pruned in place, and measurements at different times are not comparable.
         return ModelResult(name=name, metrics=metrics, **task.counts(model))
 
-    dense = measured("dense")
+    dense = evaluated("dense")
     before = count_parameters(model)
     budget = share_budget(
         model,
@@ -126,7 +126,7 @@ def prune(
         correct=settings.correct,
         **{**shared, **budget, "example": task.example(model, 1)},
     )
-    pruned = measured(f"one-shot {before / count_parameters(model):.3g}x")
+    pruned = evaluated(f"one-shot {before / count_parameters(model):.3g}x")
     results = Results(
         models=(dense, pruned), shown=task.shown, batch_size=settings.latency_batch, machine=machine(device)
     )
@@ -137,5 +137,5 @@ def prune(
 
 def _path(settings: RowSettings) -> Path:
     if not settings.pretrained:
-        raise SettingError("Which model to prune is not said. Give a folder or a name on the hub.")
+        raise SettingError("No model to prune is given. Give a folder or a name on the hub.")
     return open_checkpoint(settings.pretrained).path

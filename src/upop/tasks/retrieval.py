@@ -1,4 +1,4 @@
-"""Retrieval (COCO, Flickr30K) with BLIP: candidates by features, re-ranked by the matching head."""
+"""Retrieval (COCO, Flickr30K) with BLIP: candidates by feature similarity, re-ranked by the matching head."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class BlipRetrievalSettings(RetrievalSettings, BlipSettings):
     recorded: ClassVar[tuple[str, ...]] = (*RetrievalSettings.recorded, "k_test")
 
     w_sp_attn: float = Field(6.4e-3, ge=0, description="weight of the sparsity term; affects only the logged loss")
-    k_test: int = Field(256, ge=1, description="candidates of each query that are re-ranked; all if there are fewer")
-    rerank_batch: int = Field(256, ge=1, description="pairs per pass of re-ranking: what bounds its memory")
+    k_test: int = Field(256, ge=1, description="candidates per query to re-rank; all if there are fewer")
+    rerank_batch: int = Field(256, ge=1, description="pairs per forward pass of re-ranking; bounds its memory")
     negative_all_rank: bool = Field(True, description="draw hard negatives from the batches of all processes")
 
 
 class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetrievalSettings]):
-    """Images found by texts, and texts by images, with BLIP."""
+    """Image-text retrieval in both directions with BLIP."""
 
     name: ClassVar[str] = "retrieval"
     settings: ClassVar[type[RunSettings]] = BlipRetrievalSettings
@@ -47,11 +47,11 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
     config: ClassVar[type[BlipConfig]] = RetrievalConfig
 
     def sizes(self, settings: BlipRetrievalSettings) -> dict[str, Any]:
-        """Return the sizes of the dense model that the settings decide, that of the queue among them."""
+        """Return the dense model's sizes that the settings determine, with the queue's."""
         return {"queue_size": settings.queue_size, **super().sizes(settings)}
 
     def start(self, path: Path, settings: BlipRetrievalSettings) -> tuple[nn.Module, Sequence[str]]:
-        """Return the dense model; momentum copies that the checkpoint lacks are made of what it has."""
+        """Return the dense model; momentum encoders that the checkpoint lacks are copied from their originals."""
         model, lacking = super().start(path, settings)
         copies = {name for name in lacking if name.split(".")[0] in BlipRetrieval.momentum_encoders.values()}
         if copies:
@@ -78,7 +78,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         return losses.contrastive + losses.matching
 
     def predict(self, model: nn.Module, batch: Batch, settings: BlipRetrievalSettings) -> dict[str, Tensor]:
-        """Return states [batch, tokens, hidden] and features [batch, dim] of images."""
+        """Return "states", [batch, tokens, hidden], and "features", [batch, dim], of images."""
         states, features = cast(BlipRetrieval, model).encode_image(batch["images"])
         return {"states": states, "features": features}
 
@@ -87,7 +87,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         return cast(BlipRetrieval, model).encode_text(words["input_ids"], words["attention_mask"])[1]
 
     def candidate_counts(self, settings: BlipRetrievalSettings) -> int:
-        """Return how many candidates each query has."""
+        """Return the number of candidates per query."""
         return settings.k_test
 
     def rescore(
@@ -99,15 +99,15 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         words: Mapping[str, Tensor],
         found: Found,
     ) -> Found:
-        """Add the logit of "match" to every candidate's similarity, as published.
+        """Add the "match" logit to each candidate's similarity, as published.
 
-        Each process compares the pairs of the images that it keeps, each pair once for both directions.
+        Each process scores the pairs of its own images, once for both directions.
         """
         assert kept.states is not None
         texts, images = found.texts.cpu(), found.images.cpu()
         row_of = torch.full((len(texts),), -1)
         row_of[kept.numbers] = torch.arange(len(kept.numbers))
-        # A pair is one number: the row of its image here, and its text.
+        # A pair is encoded as one number: local row of the image * texts + text.
         count = len(images)
         by_image = torch.arange(len(kept.numbers)).unsqueeze(1) * count + texts[kept.numbers]
         here = row_of[images] >= 0
@@ -135,7 +135,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         )
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey images and as many texts of 35 tokens."""
+        """Return `batch_size` grey images, each with a text of 35 tokens."""
         config = cast(BlipRetrieval, model).config
         device = next(model.parameters()).device
         words = torch.ones(batch_size, min(TEXT_TOKENS, config.max_positions), dtype=torch.long, device=device)
@@ -143,7 +143,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         return {"images": images, "input_ids": words, "attention_mask": torch.ones_like(words)}
 
     def published_example(self, model: nn.Module) -> dict[str, Any]:
-        """Return what makes the example inputs of one pair those of the model's loss, with itself as the wrong one."""
+        """Return the additional inputs of the loss for one pair, which is its own hard negative."""
         extra = super().published_example(model)
         return {**extra, "draws": extra["ids"].repeat(2), "all_ranks": False}
 

@@ -1,4 +1,4 @@
-"""What the retrieval tasks share: settings, data, and evaluation in both directions."""
+"""Base of the retrieval tasks: settings, data, and evaluation in both directions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from upop.metrics.recall import CUTS, best_first, recall_scores
 from upop.models.contrast import MomentumContrast, check_queue, processes
 from upop.models.rerank import candidates
 from upop.pruning import count_macs, count_parameters
-from upop.runs.bad_images import counted, readable
+from upop.runs.bad_images import readable, scored_indices
 from upop.runs.devices import alone, autocast
 from upop.runs.evaluation import samples_of
 from upop.runs.examples import spread, untransformed
@@ -30,13 +30,13 @@ from upop.runs.loaders import SeededDataset
 from upop.runs.task import Task
 from upop.settings import LanguageSettings, RunSettings
 
-_GALLERY = 40  # images that examples are looked for in: a whole split would take as long as an evaluation
-_SHOWN = 3  # best images for a text
+_GALLERY = 40  # images to search for examples; a whole split would take as long as an evaluation
+_SHOWN = 3  # best images per text
 _FILES = {"coco": "coco_karpathy_{}.json", "flickr": "flickr30k_{}.json"}
 
 
 class RetrievalSettings(LanguageSettings):
-    """Settings of every retrieval task; defaults are the published ones of the data set that is chosen."""
+    """Settings of every retrieval task; the defaults are those published for the chosen data set."""
 
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "coco": {"image_root": "datasets/vision/coco", "interval": 200, "max_epoch": 6},
@@ -49,21 +49,21 @@ class RetrievalSettings(LanguageSettings):
     image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the images")
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     batch_size_test: int = Field(64, ge=1, description="images per process and forward pass")
-    queue_size: int = Field(57600, ge=1, description="number of features from earlier batches to compare with")
-    alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets, reached after the first epoch")
+    queue_size: int = Field(57600, ge=1, description="features of earlier batches in the contrastive loss")
+    alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets; grows during the first epoch")
 
     @model_validator(mode="wrap")
     @classmethod
     def _of_data_set(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return handler(values)
-        usual = cls.published.get(str(values.get("dataset", "coco")), {})
-        made = handler({**usual, **values})
-        made.model_fields_set.difference_update(set(usual) - set(values))  # nobody gave these
+        defaults = cls.published.get(str(values.get("dataset", "coco")), {})
+        made = handler({**defaults, **values})
+        made.model_fields_set.difference_update(set(defaults) - set(values))  # not set by a user
         return made
 
     def alpha_at(self, epoch: float) -> float:
-        """Return the weight of the soft targets after `epoch` epochs: it grows over the first one."""
+        """Return the weight of the soft targets after `epoch` epochs; it grows linearly in the first."""
         return self.alpha * min(1.0, epoch)
 
 
@@ -72,23 +72,23 @@ RetrievalSettingsT = TypeVar("RetrievalSettingsT", bound=RetrievalSettings)
 
 
 class Collator(Protocol):
-    """Makes batches of a retrieval task."""
+    """The collator of a retrieval task."""
 
     def __call__(self, items: list[Any]) -> dict[str, Tensor]:
-        """The items as one batch, with `ids` [batch], the numbers of the images."""
+        """Collate items; "ids" holds the indices of the images, [batch]."""
         ...
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """Texts as inputs of the model, [texts, T] each."""
+        """Return the model's inputs for texts, [texts, tokens] each."""
         ...
 
 
 class Gallery(Protocol):
-    """Images with all their texts; items are the images alone.
+    """Images with all their texts; its items are the images.
 
     Attributes:
         texts: of all images.
-        image_of_text: the number of each text's image, [texts].
+        image_of_text: index of each text's image, [texts].
     """
 
     texts: list[str]
@@ -99,22 +99,22 @@ class Gallery(Protocol):
         ...
 
     def __getitem__(self, index: int) -> Any:
-        """The image of that number."""
+        """The image at an index."""
         ...
 
     def without(self, numbers: Collection[int]) -> Gallery:
-        """The gallery but for the images of these numbers and their texts."""
+        """Return the gallery without the images at these indices, and without their texts."""
         ...
 
 
 @dataclass(frozen=True)
 class Found:
-    """What features propose: for N images the best texts, for M texts the best images; on the device.
+    """Candidates by feature similarity, in both directions; on the device.
 
     Attributes:
-        texts: candidates of each image, best first, [N, k].
+        texts: candidates for each image, best first, [images, k].
         text_scores: their similarities.
-        images: candidates of each text, [M, l].
+        images: candidates for each text, [texts, l].
         image_scores: their similarities.
     """
 
@@ -126,15 +126,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Kept:
-    """What this process keeps of the images that it encoded: their numbers [n], and states [n, ...] on the CPU."""
+    """The images that this process has encoded: their indices, [n], and states, [n, tokens, hidden], on the CPU."""
 
     numbers: Tensor
     states: Tensor | None
 
 
 class Retrieval(Task[SearchSettingsT]):
-    """Images found by texts, and texts by images: TR@k and IR@k, the share of queries with a right one in the
-    first k (in percent), and r_mean, the mean of all six, which decides.
+    """Image-text retrieval in both directions.
+
+    TR@k and IR@k are the percentage of queries with a correct result among the first k; r_mean, the mean of all six,
+    decides.
     """
 
     metric: ClassVar[str] = "r_mean"
@@ -147,14 +149,14 @@ class Retrieval(Task[SearchSettingsT]):
 
     @abstractmethod
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
-        """Return normalised features of texts (input_ids and attention_mask, [batch, tokens]), [batch, dim]."""
+        """Return normalised features of texts, [batch, dim], from their inputs, [batch, tokens] each."""
 
     def candidate_counts(self, settings: SearchSettingsT) -> int:
-        """Return how many candidates each query has: as many as recall looks at."""
+        """Return the number of candidates per query: the largest k of the recalls."""
         return max(CUTS)
 
     def some_of(self, words: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
-        """Return the inputs of some texts, without padding that all of them have."""
+        """Return the inputs of some texts, without padding that they all share."""
         longest = int(words["attention_mask"][part].sum(1).max())
         return {name: value[part, :longest] for name, value in words.items()}
 
@@ -167,15 +169,15 @@ class Retrieval(Task[SearchSettingsT]):
         words: Mapping[str, Tensor],
         found: Found,
     ) -> Found:
-        """Return the candidates with better scores; without re-ranking, as they are."""
+        """Return the candidates with re-ranked scores; by default they are unchanged."""
         return found
 
     def collect(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SearchSettingsT
     ) -> dict[str, Tensor]:
-        """Return candidates and scores of every image and text, the same on every process; see `Found`."""
+        """Return the tensors of `Found` for all images and texts, equal on all processes."""
         kept, image = self._encode_images(accelerator, model, loader, settings)
-        kept, image = _of_counted(counted(loader), kept, image)  # known now that all were read
+        kept, image = _select(scored_indices(loader), kept, image)  # known once all images were read
         samples = cast(Gallery, samples_of(loader))
         words = self.collate(settings).tokenize(samples.texts)
         text = self._encode_texts(accelerator, model, words, image, settings)
@@ -196,7 +198,7 @@ class Retrieval(Task[SearchSettingsT]):
     def answers(
         self, model: nn.Module, samples: Dataset[Any], numbers: Sequence[int], settings: SearchSettingsT
     ) -> Mapping[str, Any]:
-        """Return "texts" of every image and "images" of every text, best first, in a part of the split."""
+        """Return "texts" for every image and "images" for every text of a part of the split, best first."""
         device = next(model.parameters()).device
         part = _gallery(cast(Gallery, samples), numbers)[0]
         gallery = SeededDataset(cast(Dataset[Any], part), settings.seed)
@@ -215,7 +217,7 @@ class Retrieval(Task[SearchSettingsT]):
         settings: SearchSettingsT,
         album: Album,
     ) -> list[Example]:
-        """Return, in turn, texts with the best images for them, and images with the best text."""
+        """Return alternately a text with its best images, and an image with its best text."""
         gallery, kept = _gallery(cast(Gallery, samples), numbers)
         plain, owners = untransformed(gallery), gallery.image_of_text.tolist()
 
@@ -240,17 +242,17 @@ class Retrieval(Task[SearchSettingsT]):
         return shown
 
     def about_examples(self, samples: Dataset[Any], numbers: Sequence[int], split: str) -> str:
-        """Return which samples `examples` shows, and that it looks for them in a part of the split."""
+        """Return a sentence about the samples that `examples` shows, and the size of the gallery."""
         found_in = len(_gallery(cast(Gallery, samples), numbers)[1])
         return (
-            f"{super().about_examples(samples, numbers, split)} Texts and images are looked for among {found_in} "
-            "images and all their texts, which is easier than among all of the split."
+            f"{super().about_examples(samples, numbers, split)} The search runs over {found_in} images and all their "
+            "texts, which is easier than over the whole split."
         )
 
     def _encode_images(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SearchSettingsT
     ) -> tuple[Kept, Tensor]:
-        """Return what this process keeps, and the features of all images, [N, D]."""
+        """Return this process's images, and the features of all images, [images, dim]."""
         count = len(loader.dataset)
         features: Tensor | None = None
         states: Tensor | None = None
@@ -266,7 +268,7 @@ class Retrieval(Task[SearchSettingsT]):
                     most = len(loader) * len(batch["ids"])
                     states = torch.empty(most, *rows["states"].shape[1:], dtype=rows["states"].dtype)
             features[everyone["ids"]] = everyone["features"]
-            # Where the last batches are filled up with repeated images, the first to have one keeps it.
+            # Repeated images fill up the last batches; the first process that has one keeps it.
             size = len(batch["ids"])
             for place, number in enumerate(everyone["ids"].tolist()):
                 process, row = divmod(place, size)
@@ -288,7 +290,7 @@ class Retrieval(Task[SearchSettingsT]):
         image: Tensor,
         settings: SearchSettingsT,
     ) -> Tensor:
-        """Return the features of all texts, [M, D], like those of the images; each process encodes its share."""
+        """Return the features of all texts, [texts, dim]; each process encodes its share."""
         features = image.new_zeros(len(next(iter(words.values()))), image.shape[1])
         for start in range(0, len(features), settings.batch_size_test)[
             accelerator.process_index :: accelerator.num_processes
@@ -301,17 +303,17 @@ class Retrieval(Task[SearchSettingsT]):
 
 
 class RetrievalTask(Retrieval[RetrievalSettingsT]):
-    """Retrieval with the published data sets and models."""
+    """Retrieval on the published data sets, with the published models."""
 
     @abstractmethod
     def collate(self, settings: RetrievalSettingsT) -> RetrievalCollator:
         """Return the collator that stacks images and tokenizes captions."""
 
     def dataset(self, settings: RetrievalSettingsT, split: str) -> Dataset[Any]:
-        """Return pairs to train on, or images with all their texts.
+        """Return image-text pairs in training, and images with all their texts in evaluation.
 
         Raises:
-            SettingError: the queue is too small for the batches.
+            SettingError: the queue is not a multiple of the batches.
         """
         file = settings.ann_root / _FILES[settings.dataset].format(self.splits[split])
         size, outside = settings.image_size, settings.allow_outside
@@ -319,16 +321,16 @@ class RetrievalTask(Retrieval[RetrievalSettingsT]):
             samples = RetrievalPairs(
                 file, settings.image_root, train_transform(size, settings.augment, settings.images), outside=outside
             )
-            # Every process has its own batch.
+            # One batch per process.
             check_queue(settings.queue_size, min(settings.batch_size_train, len(samples)) * processes())
             return samples
         return RetrievalGallery(file, settings.image_root, eval_transform(size, settings.images), outside=outside)
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """Return the sizes of what is deployed, without momentum copies, beside the published way of counting.
+        """Return the sizes of the deployed model, without momentum encoders, and the published counts.
 
-        The published parameters include the copies, and the published multiply-adds are of the loss of one pair:
-        copies, comparison with the queues, and three matchings.
+        The published parameters include the momentum encoders. The published multiply-adds are those of the loss of one
+        pair: momentum encoders, similarities with the queues, and three matchings.
         """
         assert isinstance(model, MomentumContrast)
         copies = sum(copy.numel() for _, copy in model.momentum_pairs())
@@ -342,12 +344,12 @@ class RetrievalTask(Retrieval[RetrievalSettingsT]):
         }
 
     def published_example(self, model: nn.Module) -> dict[str, Any]:
-        """Return what makes the example inputs of one pair those of the model's loss."""
+        """Return the additional inputs of the loss for one pair."""
         return {"ids": torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device)}
 
 
-def _of_counted(numbers: Tensor | None, kept: Kept, features: Tensor) -> tuple[Kept, Tensor]:
-    """Return what is kept of the images with these numbers, and their features, numbered anew; of all for None."""
+def _select(numbers: Tensor | None, kept: Kept, features: Tensor) -> tuple[Kept, Tensor]:
+    """Return only the images at these indices, renumbered, and their features; all of them for None."""
     if numbers is None:
         return kept, features
     new = torch.full((len(features),), -1)
@@ -358,19 +360,19 @@ def _of_counted(numbers: Tensor | None, kept: Kept, features: Tensor) -> tuple[K
 
 
 def summed(accelerator: Accelerator, table: Tensor) -> Tensor:
-    """Return the sum of a table over processes: all of it, where each filled in its part and left the rest at 0."""
+    """Return the sum over processes of a table that each has filled in part, with 0 elsewhere."""
     return cast(Tensor, accelerator.reduce(table, "sum"))
 
 
 def _gallery(samples: Gallery, numbers: Sequence[int]) -> tuple[Gallery, list[int]]:
-    """Return a part of a gallery that has the images of these numbers, and the numbers of all its images."""
+    """Return a part of a gallery with the images at these indices, and the indices of all its images."""
     kept = sorted({*numbers, *spread(len(samples), _GALLERY)})
     return samples.without(set(range(len(samples))) - set(kept)), kept
 
 
 def _images_for(places: list[int], right: int, image: Callable[[int], str]) -> Answer:
-    """Return the best images for a text, and at which place the right one is, if not at the first."""
+    """Return the best images for a text, with the rank of the correct one unless it is the first."""
     at = places.index(right) + 1 if right in places else None
-    where = "the right one comes later" if at is None else f"the right one is number {at}"
+    where = "the correct one is ranked lower" if at is None else f"the correct one is ranked {at}"
     best = tuple(image(place) for place in places[:_SHOWN])
     return Answer(images=best, note=None if at == 1 else where, right=at == 1)

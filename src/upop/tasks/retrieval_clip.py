@@ -1,4 +1,4 @@
-"""Retrieval (COCO, Flickr30K) with CLIP: images and texts are compared by their features alone."""
+"""Retrieval (COCO, Flickr30K) with CLIP, by feature similarity alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from upop.tasks.retrieval_base import RetrievalSettings, RetrievalTask
 from upop.values import described
 
 TOKENIZER = "pretrained/clip-vit-large-patch14-336"
-"""Where CLIP's vocabulary is looked for first; on the hub it is openai's."""
+"""Default folder of CLIP's vocabulary; if it does not exist, openai's on the hub is used."""
 
 
 class ClipRetrievalSettings(RetrievalSettings):
@@ -41,18 +41,18 @@ class ClipRetrievalSettings(RetrievalSettings):
 
 
 class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[ClipRetrievalSettings]):
-    """Images found by texts, and texts by images, with CLIP."""
+    """Image-text retrieval in both directions with CLIP."""
 
     name: ClassVar[str] = "retrieval-clip"
     settings: ClassVar[type[RunSettings]] = ClipRetrievalSettings
     config: ClassVar[type[ClipSizes]] = ClipConfig
 
     def sizes(self, settings: ClipRetrievalSettings) -> dict[str, Any]:
-        """Return the sizes of the dense model that the settings decide, that of the queue among them."""
+        """Return the dense model's sizes that the settings determine, with the queue's."""
         return {"queue_size": settings.queue_size, **super().sizes(settings)}
 
     def build(self, settings: ClipRetrievalSettings) -> nn.Module:
-        """Return the model with initial weights; its vocabulary is the tokenizer's."""
+        """Return the model with random weights, and the tokenizer's vocabulary."""
         sizes = {"vocab_size": len(clip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
         with described(SIZES):
             model = self._built(sizes)
@@ -77,7 +77,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return loss
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
-        """Return normalised features of images, [batch, dim]."""
+        """Return normalised "features" of images, [batch, dim]."""
         return {"features": nn.functional.normalize(cast(ClipRetrieval, model).encode_image(batch["images"]), dim=-1)}
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
@@ -85,7 +85,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return nn.functional.normalize(cast(ClipRetrieval, model).encode_text(words["input_ids"]), dim=-1)
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey images and as many texts of full length (77 tokens)."""
+        """Return `batch_size` grey images, each with a text of full length (77 tokens)."""
         config = cast(ClipRetrieval, model).config
         device = next(model.parameters()).device
         words = torch.full((batch_size, config.max_positions), config.vocab_size - 1, device=device)
@@ -96,20 +96,20 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         config = cast(ClipRetrieval, model).config
         words = len(clip_tokenizer(settings.tokenizer))
         if words != config.vocab_size:
-            # The model would look for the end of every text at the wrong word, and find it nowhere.
+            # The model would not find the end token, whose features it uses.
             raise SettingError(
-                f"The model has {config.vocab_size} words, and the tokenizer {settings.tokenizer!r} {words}. "
-                "Set tokenizer to the one that the model was trained with."
+                f"The model's vocabulary has {config.vocab_size} words, and the tokenizer {settings.tokenizer!r} has "
+                f"{words}. Set tokenizer to the one that the model was trained with."
             )
         self._settle(model, settings)
         return super()._prepared(model, settings)
 
     def _built(self, sizes: dict[str, Any]) -> nn.Module:
-        """Return a model of these sizes with initial weights."""
+        """Return a model of these sizes with random weights."""
         return ClipRetrieval(ClipConfig(**sizes))
 
     def _settle(self, model: nn.Module, settings: ClipRetrievalSettings) -> None:
-        """Give a model what the settings say beside its sizes."""
+        """Apply the settings to a model, in place: here the size of its queue."""
         assert isinstance(model, ClipRetrieval)
         if model.config.queue_size != settings.queue_size:
             model.remake_queues(settings.queue_size)
@@ -117,6 +117,6 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
 
 @cache
 def clip_tokenizer(path: str) -> ClipTokenizer:
-    """Return CLIP's tokenizer, from the folder where it is looked for first, or else from the hub."""
+    """Return CLIP's tokenizer, from a local folder if it exists, else from the hub."""
     on_hub = path == TOKENIZER and not Path(path).exists()
     return load_clip_tokenizer(f"openai/{Path(path).name}" if on_hub else path)

@@ -1,4 +1,4 @@
-"""Retrieval (Flickr30K, COCO) with CLIP and CrossGET: the towers merge tokens, led by cross tokens."""
+"""Retrieval (Flickr30K, COCO) with CLIP and CrossGET: the towers merge tokens, guided by cross tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upop.tasks.retrieval_base import RetrievalSettings
 from upop.tasks.retrieval_clip import ClipRetrievalSettings, ClipRetrievalTask
 
 _CROSS_SHARE = 0.5
-"""Of the cross loss in the loss of training, as published."""
+"""Weight of the cross loss in training, as published."""
 
 
 class CrossGetSettings(ClipRetrievalSettings):
@@ -31,7 +31,7 @@ class CrossGetSettings(ClipRetrievalSettings):
     of_model: ClassVar[Mapping[str, str]] = {
         "image_size": "image_size",
         "model.max_positions": "max_positions",
-        **{name: name for name in ("rv", "rl", "merge_padding")},  # published files do not say them
+        **{name: name for name in ("rv", "rl", "merge_padding")},  # published files lack them
     }
 
     dataset: Literal["coco", "flickr"] = Field("flickr", description="data set, for annotation files and defaults")
@@ -40,23 +40,23 @@ class CrossGetSettings(ClipRetrievalSettings):
     batch_size_test: int = Field(128, ge=1, description="images per process and forward pass")
     weight_decay: float = Field(0.05, ge=0)
     warmup_steps: int | None = Field(0, ge=0, description="linear warm-up")
-    reduce: Literal["ours", "none"] = Field("ours", description="whether tokens are merged; none is plain CLIP")
+    reduce: Literal["ours", "none"] = Field("ours", description="ours merges tokens; none is plain CLIP")
     rv: int = Field(16, ge=0, description="image tokens removed per layer")
     rl: int = Field(0, ge=0, description="text tokens removed per layer")
     merge_padding: bool = Field(
-        False, description="merge padding like words, as published, though what follows a text then changes its feature"
+        False, description="merge padding like words, as published; a text's features then depend on its padding"
     )
 
 
 class CrossGetTask(ClipRetrievalTask):
-    """Images found by texts, and texts by images, with CLIP and fewer tokens."""
+    """Image-text retrieval in both directions with CLIP and token merging."""
 
     name: ClassVar[str] = "retrieval-crossget"
     settings: ClassVar[type[RunSettings]] = CrossGetSettings
     config: ClassVar[type[ClipSizes]] = CrossGetConfig
 
     def sizes(self, settings: ClipRetrievalSettings) -> dict[str, Any]:
-        """Return what the settings say of the model: its sizes, and how many tokens its layers remove."""
+        """Return the model's sizes that the settings determine, with the tokens removed per layer."""
         assert isinstance(settings, CrossGetSettings)
         merges = settings.reduce == "ours"
         removed = {"rv": settings.rv, "rl": settings.rl} if merges else {"rv": 0, "rl": 0}
@@ -69,14 +69,14 @@ class CrossGetTask(ClipRetrievalTask):
         }
 
     def loss(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings, epoch: float) -> Tensor:
-        """Return half the contrastive and half the cross loss; of a plain CLIP, the contrastive one."""
+        """Return half the contrastive plus half the cross loss; for plain CLIP, the contrastive loss."""
         losses: CrossLosses = model(images=batch["images"], input_ids=batch["input_ids"], ids=batch["ids"])
         if cast(CrossGetSettings, settings).reduce == "none":
             return losses.contrastive
         return (1 - _CROSS_SHARE) * losses.contrastive + _CROSS_SHARE * losses.cross
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
-        """Return normalised features of images, [batch, dim]."""
+        """Return normalised "features" of images, [batch, dim]."""
         return {"features": F.normalize(cast(CrossGetClip, model).encode_image(batch["images"]).features, dim=-1)}
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
@@ -84,7 +84,7 @@ class CrossGetTask(ClipRetrievalTask):
         return F.normalize(cast(CrossGetClip, model).encode_text(words["input_ids"]).features, dim=-1)
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """Return the sizes of the model, beside the published way of counting its multiply-adds."""
+        """Return the sizes of the model, and the published counts."""
         assert isinstance(model, CrossGetClip)
         parameters = count_parameters(model)
         return {
@@ -98,6 +98,6 @@ class CrossGetTask(ClipRetrievalTask):
         return CrossGetClip(CrossGetConfig(**sizes))
 
     def _settle(self, model: nn.Module, settings: ClipRetrievalSettings) -> None:
-        """Set how many tokens go, which no checkpoint of the published code tells."""
+        """Set the tokens removed per layer, which published checkpoints do not store."""
         sizes = self.sizes(settings)
         cast(CrossGetClip, model).set_removed(sizes["rv"], sizes["rl"])

@@ -1,4 +1,4 @@
-"""Segmentation (ADE20K) with Segmenter: which class every pixel belongs to."""
+"""Semantic segmentation (ADE20K) with Segmenter."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ class SegmentationSettings(RunSettings):
     )
     of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "classes": "classes"}
 
-    dataset_root: Path = Field(
-        default_factory=_dataset_root, description=f"folder of data sets, with {FOLDER}; DATASET if not given"
-    )
+    dataset_root: Path = Field(default_factory=_dataset_root, description=f"folder with {FOLDER}; by default $DATASET")
     backbone: Literal[
         "vit_tiny_patch16_384",
         "vit_small_patch16_384",
@@ -70,7 +68,7 @@ class SegmentationSettings(RunSettings):
     decoder: Literal["mask_transformer", "linear"] = "mask_transformer"
     classes: int = Field(150, ge=1, le=254)
     normalization: Normalization = Field(
-        "vit", description="mean and standard deviation of colours: vit (0.5), deit (ImageNet)"
+        "vit", description="mean and standard deviation of colours: vit (0.5) or deit (ImageNet)"
     )
     mean: Mean | None = Field(
         None, description="mean of red, green and blue, from 0 to 1; by default that of normalization"
@@ -78,19 +76,19 @@ class SegmentationSettings(RunSettings):
     std: Deviation | None = Field(None, description="their standard deviation; by default that of normalization")
 
     image_size: int = Field(512, gt=0, description="size to which short sides of images are resized")
-    crop_size: int | None = Field(None, gt=0, description="side of training crops; image_size if not given")
-    window_size: int | None = Field(None, gt=0, description="side of the sliding window; crop_size if not given")
+    crop_size: int | None = Field(None, gt=0, description="side of training crops; by default image_size")
+    window_size: int | None = Field(None, gt=0, description="side of the sliding window; by default crop_size")
     window_stride: int | None = Field(None, gt=0, description="its stride; by default window_size")
-    window_batch: int = Field(8, ge=1, description="windows in one forward pass of evaluation; bounds the memory")
-    multiscale: bool = Field(False, description="evaluate at six scales from 0.5 to 1.75, each mirrored too")
+    window_batch: int = Field(8, ge=1, description="windows per forward pass of evaluation; bounds the memory")
+    multiscale: bool = Field(False, description="evaluate at six scales from 0.5 to 1.75, with and without flips")
     blend: int | Literal["all"] = Field(
-        0, description="images of an evaluation written with prediction and truth laid over them, to blended/"
+        0, description="images of an evaluation to write to blended/, with overlays of prediction and ground truth"
     )
 
-    dropout: float | None = Field(None, ge=0, lt=1, description="of the encoder; the model's own if not given")
-    drop_path: float | None = Field(None, ge=0, lt=1, description="of the encoder, at its last block")
+    dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the encoder; by default the model's")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="stochastic depth rate of the encoder's last block")
     init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov's momentum of 0.9")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov momentum of 0.9")
     schedule: Literal["epoch", "step", "polynomial"] = "polynomial"
     init_lr: float = Field(4e-3, gt=0)
     min_lr: float = Field(1e-5, ge=0)
@@ -104,13 +102,13 @@ class SegmentationSettings(RunSettings):
         if self.window.stride > self.window.size:
             raise ValueError(f"window_stride ({self.window.stride}) is above window_size ({self.window.size})")
         if isinstance(self.blend, int) and self.blend < 0:
-            raise ValueError(f"blend ({self.blend}) is a number of images, or all")
+            raise ValueError(f"blend ({self.blend}) must be a number of images, or all")
         return self
 
     @model_validator(mode="wrap")
     @classmethod
     def _named_statistics(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Take mean and deviation from the name; if that was given, a checkpoint's own do not beat it."""
+        """Take mean and deviation from `normalization`; if it is set, it overrides a checkpoint's."""
         if not isinstance(values, dict) or values.get("normalization", "vit") not in list(STATISTICS):
             return handler(values)
         named = dict(zip(("mean", "std"), STATISTICS[values.get("normalization", "vit")], strict=True))
@@ -122,7 +120,7 @@ class SegmentationSettings(RunSettings):
 
     @property
     def statistics(self) -> Statistics:
-        """Mean and deviation that colours are normalised by."""
+        """Mean and standard deviation for normalising colours."""
         mean, std = STATISTICS[self.normalization]
         return self.mean or mean, self.std or std
 
@@ -133,7 +131,7 @@ class SegmentationSettings(RunSettings):
 
     @property
     def window(self) -> Window:
-        """The window that slides over images in evaluation."""
+        """The sliding window of evaluation."""
         size = self.window_size or self.crop
         return Window(size, self.window_stride or size, self.window_batch)
 
@@ -149,7 +147,7 @@ class SegmentationSettings(RunSettings):
 
 
 class SegmentationTask(PublishedTask[SegmentationSettings]):
-    """Segmentation of scenes."""
+    """Semantic segmentation of scenes."""
 
     name: ClassVar[str] = "segmentation"
     pipeline: ClassVar[str | None] = "image-segmentation"
@@ -161,13 +159,13 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
     update_first_step: ClassVar[bool] = False
 
     def sizes(self, settings: SegmentationSettings) -> dict[str, Any]:
-        """Return the sizes that the settings decide; positions are learned on crops."""
+        """Return the model's sizes that the settings determine; its image size is that of the crops."""
         rates = {"dropout": settings.dropout, "drop_path": settings.drop_path}
         given = {name: rate for name, rate in rates.items() if rate is not None}
         return {"image_size": settings.crop, "classes": settings.classes, **given, **settings.model}
 
     def build(self, settings: SegmentationSettings) -> nn.Module:
-        """Return the model with initial weights."""
+        """Return the model with random weights."""
         sizes = {**BACKBONES[settings.backbone], "decoder": settings.decoder, **self.sizes(settings)}
         with described(SIZES):
             config = SegmenterConfig(**sizes)
@@ -176,23 +174,23 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         return self._prepared(model, settings)
 
     def evaluated(self, settings: SegmentationSettings) -> tuple[str, ...]:
-        """Return the one split that is held out: ADE20K's test split has no public labels."""
+        """Return "val" alone: ADE20K's test split has no public labels."""
         return ("val",)
 
     def dataset(self, settings: SegmentationSettings, split: str) -> Dataset[Any]:
-        """Return the images of a split; training sees crops, evaluation whole images."""
+        """Return the images of a split: crops in training, whole images in evaluation."""
         transform = (
             TrainCrop(settings.image_size, settings.crop, settings.augment, settings.statistics)
             if split == "train"
             else Normalise(settings.statistics)
         )
-        class_names(settings.root, settings.classes)  # which says now if it does not fit
+        class_names(settings.root, settings.classes)  # raises an error now if the classes do not match
         return SegmentationDataset(
             settings.root, self.splits[split], transform, settings.classes, outside=settings.allow_outside
         )
 
     def collate(self, settings: SegmentationSettings) -> Callable[[list[Any]], Batch]:
-        """Return the collator that stacks crops, and lists whole images."""
+        """Return the collator, which stacks crops, and makes lists of whole images."""
         return cast(Callable[[list[Any]], Batch], collate_segments)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -200,14 +198,14 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         return {"images": batch["images"]}
 
     def loss(self, model: nn.Module, batch: Batch, settings: SegmentationSettings, epoch: float) -> Tensor:
-        """Return the mean cross-entropy of all pixels with a class; 0 where no pixel of the batch has one."""
+        """Return the mean cross-entropy of all pixels with a class; 0 if the batch has none."""
         logits: Tensor = model(**self.inputs(batch)).float()
         labels: Tensor = batch["labels"]
         summed: Tensor = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return summed / (labels != IGNORED).sum().clamp_min(1)
 
     def optimizer(self, model: nn.Module, settings: SegmentationSettings) -> torch.optim.Optimizer:
-        """Return SGD with Nesterov's momentum, as published, or AdamW; masks are in neither."""
+        """Return SGD with Nesterov momentum, as published, or AdamW."""
         if settings.optimizer == "adamw":
             return super().optimizer(model, settings)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -217,24 +215,24 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
 
     def predict(self, model: nn.Module, batch: Batch, settings: SegmentationSettings) -> dict[str, Tensor]:
         """Return the confusion matrix of every image, [batch, classes, classes]."""
-        return self._counted(batch, self._maps(model, batch, settings), settings)
+        return self._confusion(batch, self._maps(model, batch, settings), settings)
 
     def collect(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SegmentationSettings
     ) -> dict[str, Tensor]:
         """Return the confusion matrix of the whole split, int64 [classes, classes], on the CPU.
 
-        Whole maps are kept for no longer than a batch. Those that `blend` asks for are written.
+        Prediction maps are kept for one batch only; `blend` of them are written as images.
         """
         total = torch.zeros(settings.classes, settings.classes, dtype=torch.long)
         for batch in readable(accelerator, loader):
             with autocast(accelerator, settings):
                 maps = self._maps(model, batch, settings)
             self._write_blends(batch, maps, settings)
-            counts = self._counted(batch, maps, settings)["confusion"]
+            counts = self._confusion(batch, maps, settings)["confusion"]
             if LEFT_OUT in batch:
                 counts[batch[LEFT_OUT]] = 0
-            # Per image, so that those that fill up the last batch of several processes are dropped.
+            # Gathered per image, which drops the repeated images that fill up the last batch.
             total += accelerator.gather_for_metrics(counts).sum(0).cpu()
         return {"confusion": total}
 
@@ -256,7 +254,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
     ) -> Mapping[str, Any]:
         """Return "maps": the predicted classes of some images, [H, W] each, on the CPU."""
         device = next(model.parameters()).device
-        # One by one, for images are of any size.
+        # One by one, because sizes of images differ.
         batches = (to_device(self.collate(settings)([samples[number]]), device) for number in numbers)
         return {"maps": [self._maps(model, batch, settings)[0].cpu() for batch in batches]}
 
@@ -268,18 +266,18 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         settings: SegmentationSettings,
         album: Album,
     ) -> list[Example]:
-        """Return images, and the predicted and true classes laid over them."""
+        """Return images with overlays of the predicted and true classes."""
         shown, plain = [], untransformed(samples)
         for place, number in enumerate(numbers):
             item = plain[number]
             image, labels = item["image"], item["labels"]
             maps = [rows["maps"][place] for rows in found.values()]
             mixed = [tvf.to_pil_image(blended(image, each, settings.classes)) for each in (labels, *maps)]
-            truth, *laid_over = [album.add(each, f"{number}-{column}") for column, each in enumerate(mixed)]
+            truth, *overlays = [album.add(each, f"{number}-{column}") for column, each in enumerate(mixed)]
             answers = {}
-            for model, file, predicted in zip(found, laid_over, maps, strict=True):
+            for model, file, predicted in zip(found, overlays, maps, strict=True):
                 right = (predicted == labels).sum() / (labels != IGNORED).sum().clamp_min(1)
-                answers[model] = Answer(images=(file,), note=f"{100 * right:.1f} % of the pixels right")
+                answers[model] = Answer(images=(file,), note=f"{100 * right:.1f} % of pixels correct")
             shown.append(
                 Example(
                     images=(album.add(tvf.to_pil_image(image), str(number)),),
@@ -290,7 +288,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey crops of the size that the model was trained on."""
+        """Return `batch_size` grey crops of the model's image size."""
         side = cast(Segmenter, model).config.image_size
         return {"images": torch.zeros(batch_size, 3, side, side, device=next(model.parameters()).device)}
 
@@ -302,7 +300,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         )
         return [each.argmax(0) for each in probabilities]
 
-    def _counted(self, batch: Batch, maps: list[Tensor], settings: SegmentationSettings) -> dict[str, Tensor]:
+    def _confusion(self, batch: Batch, maps: list[Tensor], settings: SegmentationSettings) -> dict[str, Tensor]:
         pairs = zip(maps, batch["labels"], strict=True)
         return {"confusion": torch.stack([confusion(found, labels, settings.classes) for found, labels in pairs])}
 
@@ -317,13 +315,13 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
                 write_blends(path, normalise.undo(image), found, labels, settings.classes)
 
     def _at_size(self, model: nn.Module, settings: SegmentationSettings, source: str) -> nn.Module:
-        return model  # which takes windows of any size
+        return model  # it takes windows of any size
 
     def _prepared(self, model: nn.Module, settings: SegmentationSettings) -> nn.Module:
         found = cast(Segmenter, model).config.classes
         if found != settings.classes:
             raise SettingError(
-                f"The model knows {found} classes, and classes is {settings.classes}. Set it to the model's, or train "
-                "a model for this data set."
+                f"The model has {found} classes, and classes is {settings.classes}. Set classes={found}, or train a "
+                "model for this data set."
             )
         return super()._prepared(model, settings)

@@ -29,8 +29,8 @@ from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
 
 _INPUTS = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
-# The published multiply-adds are of a training batch cut to one image: so many questions are read, and so many
-# answers written, but all answers look at the first question, whose keys and values are computed once.
+# The published multiply-adds are those of a training batch cut to one image. All its questions are encoded and all its
+# answers decoded, but the answers attend to the first question alone, whose keys and values are computed once.
 _QUESTIONS, _QUESTION_TOKENS = 32, 14
 _ANSWERS, _ANSWER_TOKENS = 47, 5
 
@@ -45,11 +45,13 @@ class VqaSettings(BlipSettings):
     train_files: tuple[str, ...] = Field(
         ("vqa_train", "vqa_val", "vg_qa"), min_length=1, description="annotation files to train on, without .json"
     )
-    val_file: str | None = Field(None, description="annotation file with answers that picks the best epoch, if any")
-    test_file: str | None = Field("vqa_test", description="annotation file to answer, if any")
-    inference: Literal["rank", "generate"] = Field("rank", description="choose from answer_list.json, or write")
-    k_test: int = Field(128, ge=1, description="candidates per question that are ranked by all their tokens")
-    rank_chunk: int = Field(1024, ge=1, description="pairs of question and candidate in memory at once")
+    val_file: str | None = Field(None, description="annotation file with answers, to select the best epoch; optional")
+    test_file: str | None = Field("vqa_test", description="annotation file to answer; optional")
+    inference: Literal["rank", "generate"] = Field(
+        "rank", description="rank the candidates of answer_list.json, or generate answers"
+    )
+    k_test: int = Field(128, ge=1, description="candidates per question to rank by all their tokens")
+    rank_chunk: int = Field(1024, ge=1, description="question-candidate pairs in memory at once")
 
     image_size: int = Field(480, gt=0)
     init_lr: float = Field(2e-5, gt=0, description="highest learning rate")
@@ -66,7 +68,7 @@ class VqaSettings(BlipSettings):
 
 
 class VqaTask(BlipTask[VqaSettings]):
-    """Questions about images."""
+    """Visual question answering."""
 
     name: ClassVar[str] = "vqa"
     pipeline: ClassVar[str | None] = "visual-question-answering"
@@ -80,7 +82,7 @@ class VqaTask(BlipTask[VqaSettings]):
     def dataset(self, settings: VqaSettings, split: str) -> Dataset[Any]:
         """Return the questions of a split, with weighted answers in training.
 
-        A warning says which share of the training answers the list of candidates lacks.
+        Warns about training answers that the list of candidates lacks.
         """
         roots, outside = {"vqa": settings.vqa_root, "vg": settings.vg_root}, settings.allow_outside
         if split != "train":
@@ -111,13 +113,13 @@ class VqaTask(BlipTask[VqaSettings]):
 
     @with_cross_loss
     def loss(self, model: nn.Module, batch: Batch, settings: VqaSettings, epoch: float) -> Tensor:
-        """Return the weighted sum of the answers' losses per question."""
+        """Return the weighted sum of the losses of a question's answers, averaged over questions."""
         losses = answer_losses(model(**self.inputs(batch)), batch["answer_ids"], batch["answer_mask"])
         total: Tensor = (batch["weights"] * losses).sum()
         return total / len(batch["images"])
 
     def predict(self, model: nn.Module, batch: Batch, settings: VqaSettings) -> dict[str, Tensor]:
-        """Return "answers": places in the list of candidates [batch] (rank), or token ids [batch, 10] (generate)."""
+        """Return "answers": indices of candidates, [batch] (rank), or token ids, [batch, 10] (generate)."""
         assert isinstance(model, BlipVqa)
         mask = batch["question_mask"]
         _, states = model.encode(batch["images"], batch["question_ids"], mask)
@@ -133,7 +135,7 @@ class VqaTask(BlipTask[VqaSettings]):
     def score(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: VqaSettings
     ) -> dict[str, float]:
-        """Return the official accuracy in percent, in all and by type of answer; nothing where there are no answers."""
+        """Return the official accuracy in percent, overall and by answer type; {} without ground truth."""
         assert isinstance(samples, VqaDataset)
         if not samples.people:
             return {}
@@ -142,7 +144,7 @@ class VqaTask(BlipTask[VqaSettings]):
     def files(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: VqaSettings, split: str
     ) -> dict[str, Any]:
-        """Return `vqa_result.json` as the evaluation server takes it (of the validation split, `vqa_result_val.json`).
+        """Return `vqa_result.json` (`vqa_result_val.json` for validation) in the evaluation server's format.
 
         It is `[{"question_id": int, "answer": str}]`.
         """
@@ -160,7 +162,7 @@ class VqaTask(BlipTask[VqaSettings]):
         settings: VqaSettings,
         album: Album,
     ) -> list[Example]:
-        """Return images, questions and answers, beside what most people answered."""
+        """Return images, questions and answers, with the most frequent human answer as the truth."""
         assert isinstance(samples, VqaDataset)
         texts = {name: self._texts(rows["answers"], settings) for name, rows in found.items()}
         shown, plain = [], untransformed(samples)
@@ -198,35 +200,35 @@ class VqaTask(BlipTask[VqaSettings]):
         }
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """Return the counts of one question and answer, and as published of a batch on one image."""
+        """Return the counts for one question and answer, and the published count for a batch on one image."""
         return {**super().counts(model), "published_gmacs": count_macs(model, _published_pass) / 1e9}
 
 
 def _published_pass(model: nn.Module) -> Tensor:
     assert isinstance(model, BlipVqa)
-    asked = _words(model, "question", _QUESTIONS, _QUESTION_TOKENS)
+    questions = _words(model, "question", _QUESTIONS, _QUESTION_TOKENS)
     answers = _words(model, "answer", _ANSWERS, _ANSWER_TOKENS)
-    _, states = model.encode(_images(model, 1), **asked)
-    return model.decode(**answers, states=states[:1], question_mask=asked["question_mask"][:1])
+    _, states = model.encode(_images(model, 1), **questions)
+    return model.decode(**answers, states=states[:1], question_mask=questions["question_mask"][:1])
 
 
 def _rated(text: str, people: Sequence[str]) -> Answer:
-    """Return an answer, which is right where enough people gave it, and wrong where nobody did."""
+    """Return an answer: right at full accuracy, wrong at 0, unrated in between."""
     accuracy = answer_accuracy(text, people) if people else 0.5
     return Answer(text=text, right=None if 0 < accuracy < 1 else accuracy == 1)
 
 
 def _check_candidates(samples: VqaTrainingDataset, file: Path) -> None:
-    missing, all_of_them, share = samples.outside(read_answer_list(file))
-    if missing == all_of_them:
+    missing, total, share = samples.outside(read_answer_list(file))
+    if missing == total:
         raise DataError(
-            f"None of the {all_of_them} different training answers is in {file}, so ranking could never give one of "
-            "them. Check that the list belongs to these annotation files, or set inference: generate."
+            f"None of the {total} different training answers is in {file}, so ranking can never choose one. Check that "
+            "the list belongs to these annotation files, or set inference: generate."
         )
     if missing:
         warnings.warn(
-            f"{missing} of the {all_of_them} different training answers ({100 * share:.1f} % of all by weight) are "
-            f"not in {file}: the model learns them, and ranking never gives them.",
+            f"{missing} of the {total} different training answers ({100 * share:.1f} % by weight) are not in {file}: "
+            "the model is trained on them, but ranking never chooses them.",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""Segmenting images of any size: a window slides over them, at one scale or several, as published for Segmenter."""
+"""Sliding-window segmentation of images of any size, at one or several scales, as published for Segmenter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upop.data.segmentation_transforms import scaled_size
 from upop.pruning.precision import precise
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of the published evaluation at several scales, each with the image and its mirror image."""
+"""Scales of the published multi-scale evaluation; each runs on the image and its mirror image."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Window:
 
     Attributes:
         size: its side in pixels.
-        stride: how far apart windows begin; the last ones end where the image does.
-        batch: windows in one forward pass; bounds the memory.
+        stride: pixels between windows; the last ones end at the edge of the image.
+        batch: windows per forward pass; bounds the memory.
     """
 
     size: int
@@ -31,7 +31,7 @@ class Window:
     batch: int = 8
 
     def places(self, height: int, width: int) -> Iterator[tuple[int, int]]:
-        """Give the top left corner of every window over an image, which is at least as large as a window."""
+        """Yield the top left corner of every window over an image that is at least as large as a window."""
         for top in self._starts(height):
             for left in self._starts(width):
                 yield top, left
@@ -50,20 +50,20 @@ def segment(
     *,
     flips: bool = False,
 ) -> list[Tensor]:
-    """Return probabilities [classes, H, W] for every image, each in its own size.
+    """Return class probabilities of every image, [classes, height, width], in its own size.
 
     Args:
-        model: images [batch, 3, size, size] -> logits [batch, classes, size, size].
-        images: normalised images [3, H, W], of any sizes.
+        model: images, [batch, 3, size, size] -> logits, [batch, classes, size, size].
+        images: normalised images, [3, height, width], of any sizes.
         window: slides over them.
-        short: the pixels that short sides are brought to at scale 1.
-        scales: whose probabilities are averaged.
-        flips: whether those of mirrored images are averaged too.
+        short: pixels of the short side at scale 1.
+        scales: probabilities are averaged over them.
+        flips: whether to average over mirrored images too.
     """
     totals: list[Tensor] = []
     versions = [(scale, flip) for scale in scales for flip in ((False, True) if flips else (False,))]
     for scale, flip in versions:
-        # The published code rounds the asked-for sides of a scale down.
+        # The published code rounds the sides of a scale down.
         resized = [_resized(one, scaled_size(one.shape[1], one.shape[2], int(short * scale))) for one in images]
         found = [
             slide(model, image.flip(2) if flip else image, window, original.shape[1:], flipped=flip)
@@ -74,16 +74,16 @@ def segment(
 
 
 def slide(model: nn.Module, image: Tensor, window: Window, size: Sequence[int], *, flipped: bool = False) -> Tensor:
-    """Return probabilities [classes, *size] for one image [3, h, w].
+    """Return class probabilities, [classes, *size], of one image, [3, height, width].
 
-    Where windows overlap, logits are averaged. An image with a side below the window's is enlarged first, in its
-    proportions, until both sides reach it.
+    Logits are averaged where windows overlap. An image with a side below the window's is enlarged first, with its
+    aspect ratio.
 
     Args:
-        model: images [batch, 3, window, window] -> logits [batch, classes, window, window].
+        model: images, [batch, 3, window, window] -> logits, [batch, classes, window, window].
         image: normalised.
         window: slides over it.
-        size: rows and columns of the result, in pixels.
+        size: height and width of the result, in pixels.
         flipped: whether the image was mirrored; the result is mirrored back.
     """
     if min(image.shape[1:]) < window.size:
@@ -106,12 +106,12 @@ def slide(model: nn.Module, image: Tensor, window: Window, size: Sequence[int], 
 
 
 def _enlarged(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return the size at which the short side is `side`; the long one is rounded down, as published."""
+    """Return height and width with a short side of `side`; the long one is rounded down, as published."""
     return (side, int(width / height * side)) if height < width else (int(height / width * side), side)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    # Without a filter against aliasing: the published pipeline resizes with OpenCV, which has none.
+    # Without antialiasing, as in the published pipeline, which resizes with OpenCV.
     if tuple(image.shape[1:]) == size:
         return image
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
