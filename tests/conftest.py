@@ -50,9 +50,12 @@ def root_script(ended: Callable[..., tuple[int, str]]) -> Callable[..., tuple[in
 
 # Files of long tests, which begin first, so that none is still running when all the others are done.
 _LONGEST = (
-    *("training/test_resume.py", "training/test_distributed.py", "training/test_runs.py", "tasks/test_all_tasks.py"),
-    *("training/test_limits.py", "fuzz/test_fuzz.py", "pruning/test_coverage.py", "tasks/test_retrieval.py"),
-    *("checkpoints/test_convert.py", "pruning/test_training.py", "test_installed.py", "parity/test_recorded.py"),
+    *("pruning/test_training.py", "pruning/test_families.py", "checkpoints/test_export.py", "training/test_runs.py"),
+    *("training/test_resume.py", "training/test_distributed.py", "tasks/test_all_tasks.py"),
+    *("tasks/test_classification.py", "tasks/test_retrieval.py", "checkpoints/test_transformers.py"),
+    *("parity/test_recorded.py", "pruning/test_sharded.py", "checkpoints/test_strict.py", "pruning/test_axes.py"),
+    *("training/test_sharding.py", "training/test_limits.py", "fuzz/test_fuzz.py", "test_installed.py"),
+    *("pruning/test_coverage.py", "pruning/test_stages.py"),
 )
 
 
@@ -67,7 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
+    places = {ROOT / "tests" / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:

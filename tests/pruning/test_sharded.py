@@ -16,26 +16,38 @@ from pruning import sharded_ranks
 from pruning.families import NLVR, VIT, finished_pruner, loss_of, outputs_of
 from pruning.sharded_ranks import CASES
 from pruning.wrapped import of_one_process
+from tiers import mostly_slow
 from together import run_together
 from upop.errors import LayoutError, VerificationError
 
 Results = dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Per case: what one process finds, and what each of two finds."""
-    folder = tmp_path_factory.mktemp("ranks")
-    expected = {name: sharded_ranks.alone(case) for name, case in CASES.items()}
-    run_together(sharded_ranks.run, folder)
+QUICK = ("vit", "gpt2", "torch")
+
+
+def _results(folder: Path, *names: str) -> Results:
+    """Return, per case, what one process finds, and what each of two finds."""
+    alone = {name: {} if name == "refused" else sharded_ranks.alone(CASES[name]) for name in names}
+    run_together(sharded_ranks.run, folder, names)
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    alone = {**expected, "refused": {}}
     return {name: (alone[name], [each[name] for each in found]) for name in alone}
 
 
-@pytest.fixture(params=list(CASES))
-def case(request: pytest.FixtureRequest, results: Results) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    return results[request.param]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return _results(tmp_path_factory.mktemp("ranks"), *QUICK, "refused")
+
+
+@pytest.fixture(scope="module")
+def more_results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return _results(tmp_path_factory.mktemp("ranks"), *(name for name in CASES if name not in QUICK))
+
+
+@pytest.fixture(params=mostly_slow(CASES, *QUICK))
+def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    found: Results = request.getfixturevalue("results" if request.param in QUICK else "more_results")
+    return found[request.param]
 
 
 def test_scores_and_masks_are_those_of_one_process(case: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:

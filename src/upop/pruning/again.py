@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import inspect
 import random
-import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -128,13 +127,18 @@ def repeated(
 Kind = TypeVar("Kind")
 
 
-def held_anywhere(kind: type[Kind]) -> list[Kind]:
-    """Return all live instances of a class and its subclasses; instances of static classes are not found."""
+def with_subclasses(kind: type[Kind]) -> dict[type[Kind], None]:
+    """Return a class and all of its subclasses."""
     kinds = [kind]
     for each in kinds:
         kinds += [inner for inner in type.__subclasses__(each) if inner not in kinds]
-    known = set(kinds)
-    return [each for each in referring_to(*kinds) if type(each) in known]  # others may answer to isinstance with code
+    return dict.fromkeys(kinds)
+
+
+def held_anywhere(kind: type[Kind]) -> list[Kind]:
+    """Return all live instances of a class and its subclasses; instances of static classes are not found."""
+    kinds = with_subclasses(kind)
+    return [each for each in referring_to(*kinds) if type(each) in kinds]  # others may answer to isinstance with code
 
 
 def referring_to(*objects: Any) -> list[Any]:
@@ -159,11 +163,13 @@ class AsWritten:
 
     Args:
         model: with its known wrappers.
+        wrappers: all that `torch.compile` made of modules, wherever they are.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, wrappers: Iterable[nn.Module]) -> None:
         changed: list[tuple[weakref.ref[nn.Module], str, Any]] = []
-        for module in {*model.modules(), *_compilers_of(model)}:
+        parts = set(model.modules())
+        for module in {*parts, *(each for each in wrappers if not parts.isdisjoint(each.modules()))}:
             inner = module._modules.get("_orig_mod")
             if inner is not None and "forward" in vars(module):  # a wrapper of torch.compile
                 changed.append((weakref.ref(module), "forward", vars(module)["forward"]))
@@ -179,15 +185,6 @@ class AsWritten:
             module = reference()
             if module is not None:
                 vars(module)[name] = value
-
-
-def _compilers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the torch.compile wrappers of a model and of its submodules."""
-    loaded = sys.modules.get("torch._dynamo.eval_frame")  # without it nothing was compiled
-    parts = set(model.modules())
-    for wrapper in [] if loaded is None else held_anywhere(loaded.OptimizedModule):
-        if not parts.isdisjoint(wrapper.modules()):
-            yield wrapper
 
 
 class _Uncompiled:

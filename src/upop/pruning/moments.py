@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.again import AsWritten, buffers_kept, is_transformed, random_numbers_kept, repeated, uncompiled
-from upop.pruning.compiled import any_compiled_function, in_compiled_function
+from upop.pruning.compiled import all_compiled, in_compiled_function
 from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
 from upop.pruning.groups import Group, owner_of
@@ -127,9 +127,10 @@ class Moments:
                     model.register_forward_hook(EndHook(self)),
                 ]
             self._unhook = weakref.finalize(self, remove_all, [*self._hooks.values(), *self._root])
-            self._as_written = AsWritten(model if wrapper is None else wrapper)
+            wrappers, any_function = all_compiled()
+            self._as_written = AsWritten(model if wrapper is None else wrapper, wrappers)
             self._touched = False
-            if self._passed_by is None and not any_compiled_function():
+            if self._passed_by is None and not any_function:
                 self._passed_by = False
             if self._passed_by is not False:  # in the first step, unless nothing was compiled that could run it
                 self._run_eagerly()

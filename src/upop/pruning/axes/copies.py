@@ -331,7 +331,7 @@ def forgetting() -> Iterator[None]:
 
 
 def _forget() -> None:
-    caches = _caches(len(sys.modules))
+    caches = _caches()
     for each, misses in caches.items():
         if each.cache_info().misses != misses:  # it holds something that was not looked at
             if any(isinstance(held, Tensor) for held in leaves_in(gc.get_referents(each))):
@@ -339,10 +339,22 @@ def _forget() -> None:
             caches[each] = each.cache_info().misses
 
 
-@functools.lru_cache(1)
-def _caches(_modules: int) -> dict[Any, int]:
-    """Return all cached functions; the list is rebuilt when modules are imported."""
-    return dict.fromkeys(held_anywhere(functools._lru_cache_wrapper), 0)
+_found: dict[Any, int] = {}
+"""Cached functions -> how many of their calls were looked at."""
+_found_of = (0, 0)
+"""How many modules there were, and how many references to the class of cached functions when these were found."""
+
+
+def _caches() -> dict[Any, int]:
+    """Return all cached functions; they are looked for again once modules were imported that hold some."""
+    global _found, _found_of
+    modules, before = _found_of
+    if len(sys.modules) != modules:
+        references = sys.getrefcount(functools._lru_cache_wrapper)  # of each of them there is one
+        if references != before:
+            _found = dict.fromkeys(held_anywhere(functools._lru_cache_wrapper), 0)
+        _found_of = len(sys.modules), references
+    return _found
 
 
 @contextmanager
