@@ -21,7 +21,10 @@ def _alone_and_repeatable() -> Iterator[None]:
 
 
 # Variations of others.
-_SLOW = {"vit-eager", "deit-by-name", "nlvr-merged-eager", "nlvr-averaged", "segmenter-linear"}
+_SLOW = {
+    *("vit-eager", "vit-registers", "deit-by-name", "deit-distilled", "nlvr-merged-eager", "nlvr-averaged"),
+    *("segmenter-linear", "caption"),
+}
 
 
 @pytest.fixture(

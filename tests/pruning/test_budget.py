@@ -15,6 +15,7 @@ from torch import Tensor
 
 import upop
 from pruning.families import NLVR, VIT, Family, finished_pruner, outputs_of
+from tiers import mostly_slow
 from upop.pruning import budget
 from upop.pruning.errors import SettingError
 
@@ -222,7 +223,7 @@ def test_the_schedule_rises_to_the_ratio(ratio: float, steps: int) -> None:
 
 @pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
 @pytest.mark.parametrize("cost", ["params", "flops"])
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("ratio", mostly_slow([0.1, 0.5, 0.75], 0.5))
 def test_a_search_removes_what_was_asked(case: Family, cost: str, ratio: float) -> None:
     model, inputs = case.build(), case.inputs()
     groups = upop.find_groups(model)

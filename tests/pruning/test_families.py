@@ -158,7 +158,7 @@ def test_an_already_shrunken_model_can_be_compressed_again(family: Family) -> No
     assert sum(group.size for group in upop.find_groups(model)) < sum(total.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float64, torch.float32], torch.float32))
 def test_attaching_changes_no_output_bit(family: Family, dtype: torch.dtype) -> None:
     model = family.build(dtype)
     inputs = family.inputs(2, dtype)

@@ -50,7 +50,7 @@ def test_tensors_made_of_tensors_are_refused_by_name() -> None:
 # -- hand-written GPTs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", mostly_slow([True, False], True))
 def test_a_gpt_in_the_style_of_nanogpt(fused: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     groups, _, _ = check(NanoGPT(fused=fused).double(), words(), tmp_path, 2, 2)
@@ -58,7 +58,8 @@ def test_a_gpt_in_the_style_of_nanogpt(fused: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv_groups", "repeated", "channel"), [(4, False, "group"), (4, True, "group"), (8, False, "head")]
+    ("kv_groups", "repeated", "channel"),
+    mostly_slow([(4, False, "group"), (4, True, "group"), (8, False, "head")], (4, True, "group")),
 )
 def test_a_gpt_in_the_style_of_nanochat(kv_groups: int, repeated: bool, channel: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -119,7 +120,7 @@ def test_whisper_as_it_is() -> None:
 
 
 @pytest.mark.usefixtures("precise")
-@pytest.mark.parametrize(("layers", "attentions", "mlps"), [(2, 4, 4), ((1, 1, 1, 1), 3, 2)])
+@pytest.mark.parametrize(("layers", "attentions", "mlps"), mostly_slow([(2, 4, 4), ((1, 1, 1, 1), 3, 2)], (2, 4, 4)))
 def test_clip(layers: int | tuple[int, ...], attentions: int, mlps: int, tmp_path: Path) -> None:
     from clip.model import CLIP
 

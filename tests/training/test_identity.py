@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import runs
+from tiers import mostly_slow
 from training.test_resume import start
 from upop import sources
 from upop.errors import SettingError
@@ -139,7 +140,7 @@ def test_large_sets_go_by_names_and_sizes(tmp_path: Path, monkeypatch: pytest.Mo
     assert "there were 2, and are 3" in differences(before, digests_of(Sources((), files)), "train")[0][0]
 
 
-@pytest.mark.parametrize("name", sorted(runs.TINY))
+@pytest.mark.parametrize("name", mostly_slow(sorted(runs.TINY), "nlvr", "classification", "retrieval-clip"))
 def test_every_task_says_what_it_reads(name: str, tmp_path: Path) -> None:
     task = find_task(name)
     settings = read_settings(task.settings, runs.make_task(name, tmp_path), {})
