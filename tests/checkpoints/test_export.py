@@ -191,7 +191,8 @@ def of_library(name: str) -> nn.Module:
         layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
         model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     elif name == "timm":
-        model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+        # Its attention is a class of its own, whose forward has widths.
+        model = timm.create_model("beit_base_patch16_224", depth=1, img_size=32, embed_dim=48, num_heads=4)
     elif name == "llama":
         config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60, pad_token_id=0)
         model = transformers.LlamaForCausalLM(config)

@@ -56,11 +56,11 @@ class _Widths(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         if func is Tensor.expand and len(args) > 1:
-            return func(args[0], self._expanded(args[0], args[1:] if isinstance(args[1], int) else args[1]))
+            return func(args[0], self._expanded(args[0], _given(args)))
         if func in _UNFLATTEN and len(args) > 2:
             return func(*args[:2], self._unflattened(*args[:3]))
         if func in _SHAPED and len(args) > 1 and not isinstance(args[1], torch.dtype):
-            return func(args[0], self._shape(args[0], args[1:] if isinstance(args[1], int) else args[1]))
+            return func(args[0], self._shape(args[0], _given(args)))
         if func in _SPLIT and len(args) > 1:
             dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
             return func(args[0], self._sizes(args[0], args[1], dim), dim)
@@ -76,6 +76,8 @@ class _Widths(TorchFunctionMode):
         """Return the sizes of a call with the new widths, if the call gets a cut tensor."""
         found, shape = list(sizes), tensor.shape
         for place, size in enumerate(sizes):
+            if not isinstance(size, int):  # a batch of any size, where a graph is traced
+                continue
             for dim, here, new in self._named.get((kind, rank, first + place, size, len(shape)), ()):
                 if shape[dim] == here:
                     found[place] = new
@@ -138,21 +140,30 @@ def numbers_of(key: str) -> list[str]:
     return key.partition("#")[0].split(".")
 
 
+def _given(args: tuple[Any, ...]) -> Any:
+    """Return the sizes of a call, which are given one by one or together."""
+    return args[1] if isinstance(args[1], tuple | list) else args[1:]
+
+
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
     """Whether a tensor can take this shape; -1 stands for whole dimensions, or the rest of one."""
-    known = math.prod([size for size in sizes if size != -1])
-    if -1 not in sizes or not known or tensor.numel() % known:
-        return bool(known == tensor.numel())
-    rest = tensor.numel() // known
-    start = math.prod(sizes[: list(sizes).index(-1)])
-    ends = _ends(tensor.shape)
+    sizes, shape = list(sizes), list(tensor.shape)
+    while sizes and shape and not isinstance(sizes[0], int) and not isinstance(shape[0], int) and sizes[0] == shape[0]:
+        del sizes[0], shape[0]  # of any size where a graph is traced, and so it shall stay
+    known, numel = math.prod([size for size in sizes if size != -1]), math.prod(shape)
+    if -1 not in sizes or not known or numel % known:
+        return bool(known == numel)
+    rest = numel // known
+    start = math.prod(sizes[: sizes.index(-1)])
+    ends = _ends(shape)
     whole = start in ends and start * rest in ends
-    return whole or ends <= _ends([rest if size == -1 else size for size in sizes])
+    found = _ends([rest if size == -1 else size for size in sizes])
+    return whole or all(end in found for end in ends)
 
 
-def _ends(sizes: Sequence[int]) -> set[int]:
+def _ends(sizes: Sequence[int]) -> list[int]:
     """Return the cumulative products of a shape, where its dimensions end."""
-    return {math.prod(sizes[:place]) for place in range(len(sizes) + 1)}
+    return [math.prod(sizes[:place]) for place in range(len(sizes) + 1)]
 
 
 class Narrow:
