@@ -143,7 +143,7 @@ def test_a_link_to_a_folder_is_followed_and_stays(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "model" / "weights").read_text() == "new"
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    with pytest.raises(RunFolderError, match=r"nowhere is to be a folder, and a link to .*gone"):
+    with pytest.raises(RunFolderError, match=r"nowhere should be a folder, but there is a link to .*gone"):
         write_model(tmp_path / "nowhere")
     assert names(tmp_path / "disk") == ["model", f"model/{MARKER}", "model/deep", "model/deep/config", "model/weights"]
 
@@ -219,7 +219,7 @@ def test_a_file_of_a_folder_is_written_anew_unless_it_was_changed(tmp_path: Path
     rewrite_text(tmp_path / "model", "weights", "newer")
     write_model(tmp_path / "model")  # still ours alone
     (tmp_path / "model" / "weights").write_text("mine")
-    with pytest.raises(RunFolderError, match="is not what upop wrote"):
+    with pytest.raises(RunFolderError, match="was not written by upop"):
         rewrite_text(tmp_path / "model", "weights", "newer")
     assert (tmp_path / "model" / "weights").read_text() == "mine"
 
@@ -390,7 +390,7 @@ def test_links_and_folders_are_no_files_to_replace(tmp_path: Path) -> None:
     (tmp_path / "folder" / "thesis.tex").write_text("three years of work")
     before = contents(tmp_path)
     for name, described in (("link", "a link to 'victim'"), ("folder", r"a folder with thesis\.tex")):
-        with pytest.raises(RunFolderError, match=f"is to be a file, and {described} of that name"):
+        with pytest.raises(RunFolderError, match=f"should be a file, but there is {described} of that name"):
             write_text(tmp_path / name, "new", replace=True)
     assert contents(tmp_path) == before
 
@@ -555,7 +555,7 @@ def test_a_shared_folder_is_refused_with_anything_of_others_but_logs(tmp_path: P
     (tmp_path / "run" / "examples").mkdir()
     (tmp_path / "run" / "examples" / "mine.py").write_text("code")
     before = contents(tmp_path)
-    with pytest.raises(RunFolderError, match=r"it holds what upop did not write: examples/\. Nothing was changed"):
+    with pytest.raises(RunFolderError, match=r"files that upop did not write: examples/\. Nothing was changed"):
         run.check()
     with pytest.raises(RunFolderError, match="examples/"):
         run.claim("results.json")
@@ -578,7 +578,9 @@ def test_a_claimed_name_is_ours_until_it_is_removed(tmp_path: Path) -> None:
     (tmp_path / "figures" / "mine.png").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "best" / "tokenizer.json").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"changed since: best/tokenizer\.json, figures/mine\.png, notes\.txt\. "):
+    with pytest.raises(
+        RunFolderError, match=r"that were changed: best/tokenizer\.json, figures/mine\.png, notes\.txt\. "
+    ):
         run.check()
     with pytest.raises(RunFolderError, match=r"notes\.txt is there already"):
         run.claim("notes.txt")

@@ -1,4 +1,4 @@
-"""Modules that were called otherwise: their old paths are imported for one more release, with a warning."""
+"""Renamed modules: their old paths can be imported for one more release, with a warning."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ MOVED = {
 
 
 class _Moved(Loader):
-    """Gives the module of the new path in place of the old one."""
+    """Loads the module of the new path in place of the old one."""
 
     def __init__(self, new: str) -> None:
         self._new = new
@@ -94,7 +94,7 @@ class _Finder(MetaPathFinder):
 
 
 def find_moved_modules() -> None:
-    """Have Python find modules of upop by their old paths, too."""
+    """Make modules of upop importable by their old paths."""
     if not any(isinstance(each, _Finder) for each in sys.meta_path):
         # First: Python's own finder would load a second copy of a module whose package is found under its old path.
         sys.meta_path.insert(0, _Finder())

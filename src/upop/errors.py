@@ -1,4 +1,4 @@
-"""The errors of the library. Each is also the built-in error that it specialises."""
+"""The errors of the library, each derived from `UPopError` and from the built-in error that it specialises."""
 
 from upop.pruning.deprecated import renamed_arguments, renamed_attributes
 from upop.pruning.errors import (
@@ -27,7 +27,7 @@ class BadImageError(DataError):
         reason: the problem.
     """
 
-    # One text is enough to make one, for a worker process's error is made anew from its text alone.
+    # The message alone must suffice: errors of worker processes are rebuilt from it.
     @renamed_arguments(record="sample")
     def __init__(self, message: str, image: str = "", file: str = "", sample: int = -1, reason: str = "") -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class PreemptedError(UPopError, RuntimeError):
     """The run got SIGTERM, saved a checkpoint and ended; `--resume` continues from there."""
 
     exit_code = 75
-    """What a command that ends so exits with: EX_TEMPFAIL of sysexits.h, "try again later"."""
+    """Exit code of a command: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 
 __all__ = [

@@ -70,9 +70,9 @@ def replacing_file(path: Path, replace: bool | Callable[[Path], bool] = False) -
     """Yield a path to write to; that file replaces `path` when the block ends without an error.
 
     Args:
-        path: of the file; its folder exists.
-        replace: whether an existing file may be replaced: True if the caller knows that it is upop's, or the user says
-            so; a function decides by its content.
+        path: the file; its folder must exist.
+        replace: whether to replace an existing file: True if the caller knows that it is upop's or the user asks for
+            it; a function decides by its content.
 
     Raises:
         RunFolderError: the existing file may not be replaced, or writing failed for lack of a folder, permission or
@@ -99,10 +99,10 @@ def replacing_folder(
     the file named `last` is then moved last.
 
     Args:
-        folder: where to write; a link to a folder is followed, and stays.
-        kind: of what is written. A marker then says what upop wrote, and `folder` is replaced if it is of this kind and
-            holds nothing else. None leaves out the marker, and replaces nothing.
-        overwrite: whether a folder of upop may be replaced that is of another kind, or in which files were changed.
+        folder: the folder to write; a link to a folder is followed and kept.
+        kind: the kind of folder. A marker then lists what upop wrote, and `folder` is replaced if it is of this kind
+            and holds nothing else. None writes no marker and replaces nothing.
+        overwrite: whether to replace a folder of upop of another kind, or with changed files.
         last: name of an entry.
 
     Raises:
@@ -153,10 +153,10 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, replace: bool | Callable[[Path], bool] = False) -> None:
-    """Write a text file in UTF-8; its folder is made. See `replacing_file`.
+    """Write a text file in UTF-8, and create its folder. See `replacing_file`.
 
     Raises:
-        RunFolderError: it cannot be written, or takes the place of what may not be replaced.
+        RunFolderError: it cannot be written, or would replace a file that may not be replaced.
     """
     make_folder(path.parent)
     with replacing_file(path, replace) as part:
@@ -164,7 +164,7 @@ def write_text(path: Path, text: str, replace: bool | Callable[[Path], bool] = F
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file of measurements; its folder is made. An older file with the same fields is replaced.
+    """Write a JSON file of measurements, and create its folder. An older file with the same fields is replaced.
 
     Raises:
         RunFolderError: there is another file of that name, or it cannot be written.
@@ -173,7 +173,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_table(path: Path, text: str) -> None:
-    """Write a table in Markdown; its folder is made. An older table with the same columns is replaced.
+    """Write a Markdown table, and create its folder. An older table with the same columns is replaced.
 
     Raises:
         RunFolderError: there is another file of that name, or it cannot be written.
@@ -190,7 +190,7 @@ def rewrite_text(folder: Path, name: str, text: str) -> None:
     """
     marker, found = read_marker(folder), contents(folder)
     if name in (*found.foreign, *found.changed):
-        raise RunFolderError(f"{folder / name} is not what upop wrote, and was left alone. Move it away.")
+        raise RunFolderError(f"{folder / name} was not written by upop, and is unchanged. Move it away.")
     write_text(folder / name, text, replace=True)
     if marker is not None:
         fresh = marker_of(folder, marker.kind).files[name]
@@ -210,8 +210,8 @@ def remove_folder(folder: Path, kind: Kind) -> None:
         folder.rename(held / "old")
         if state_of(held / "old") != before:
             _rename_new(held / "old", folder)
-            raise RunFolderError(f"{folder} was changed while it was removed, and was put back. Try again.")
-        (held / "old").rename(held / "new")  # which goes, and is not put back
+            raise RunFolderError(f"{folder} was changed during its removal, and was restored. Try again.")
+        (held / "old").rename(held / "new")  # removed after the block, and not restored
 
 
 def remove_parts(folder: Path) -> None:
@@ -240,12 +240,12 @@ def _part(parent: Path, target: str) -> Iterator[Path]:
         (held / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
         yield held
     finally:
-        if os.getpid() == maker:  # and not a process that was forked meanwhile
+        if os.getpid() == maker:  # not a forked process
             _discard(held, parent / target)
 
 
 def _owner(held: Path) -> dict[str, Any] | None:
-    """Return what a part says of who made it; None unless it was this user, with this very name in mind."""
+    """Return the owner record of a temporary folder; None unless this user made it for a plain name."""
     try:
         found = os.lstat(held)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
@@ -265,7 +265,7 @@ def _discard(held: Path, target: Path) -> None:
             if not target.exists():
                 _rename_new(old, target)
             elif contents(old).foreign:
-                return  # it came between two looks: nothing of others is removed
+                return  # it appeared meanwhile: files of others are never removed
         except OSError:
             return
     for inside in (old, held / "new"):

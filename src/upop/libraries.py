@@ -40,9 +40,9 @@ EXTRAS: Mapping[str, str] = {
     "bitsandbytes": "chat",
     "tensorboard": "tensorboard",
 }
-"""Module -> the extra of upop that brings it."""
+"""Module -> the extra of upop that installs it."""
 _PACKAGES = {"open_clip": "open_clip_torch", "yaml": "pyyaml"}
-"""Module -> the package that holds it, where that has another name."""
+"""Module -> its package, if that has another name."""
 _MODELS = "transformers.modeling_utils"
 
 
@@ -85,13 +85,13 @@ def installed_version(name: str) -> str | None:
 
 
 def is_pretrained(model: object) -> TypeGuard[PreTrainedModel]:
-    """Whether a model is one of transformers, which is not imported for it: nothing is where it never was."""
+    """Whether a model is a `PreTrainedModel`; transformers is not imported for this check."""
     models = sys.modules.get(_MODELS)
     return models is not None and isinstance(model, models.PreTrainedModel)
 
 
 def on_import_of_transformers(module: str) -> None:
-    """Import a module of ours as soon as transformers' models are, now if they are already."""
+    """Import a module of upop together with transformers' models; now if they are imported already."""
     if _MODELS in sys.modules:
         import_module(module)
     else:
@@ -99,13 +99,13 @@ def on_import_of_transformers(module: str) -> None:
 
 
 class _Expecting(MetaPathFinder):
-    """Waits for the import of transformers' models, and goes on to import a module of ours."""
+    """Waits for the import of transformers' models, and then imports a module of upop."""
 
     def __init__(self, module: str) -> None:
         self._module = module
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return how transformers' models are imported; None for every other module."""
+        """Return the spec of transformers' models, extended by the import; None for every other module."""
         del path, target
         if name != _MODELS:
             return None
@@ -117,7 +117,7 @@ class _Expecting(MetaPathFinder):
 
 
 class _AndThen(Loader):
-    """Loads what another loader does, and then a module of ours."""
+    """Runs another loader, and then imports a module of upop."""
 
     def __init__(self, loader: Loader, module: str) -> None:
         self._loader, self._module = loader, module
@@ -126,10 +126,10 @@ class _AndThen(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Return the module to fill."""
+        """Create the module."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module, and import ours."""
+        """Execute the module, and import that of upop."""
         self._loader.exec_module(module)
         import_module(self._module)

@@ -1,4 +1,4 @@
-"""Where something was measured."""
+"""Describes the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """Describe where something was measured: processor, cores, threads, device, torch and Python."""
+    """Return processor, cores, threads, device, and versions of torch and Python."""
     place = torch.device(device)
     processor = _processor()
     return {

@@ -1,4 +1,4 @@
-"""Modules without memory, also by constructors that read numbers off small tensors on the way."""
+"""Builds modules on the meta device, even if their constructors read values of small tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:
-    """Return the module that `build` makes, on the meta device."""
+    """Return the module that `build` builds, on the meta device."""
     with torch.device("meta"):
         try:
             return build()
@@ -25,7 +25,7 @@ def on_meta(build: Callable[[], _Module]) -> _Module:
 
 
 class _LinspaceOnCpu(TorchFunctionMode):
-    """Gives `torch.linspace` memory: timm before 1.0.22 reads the rates of dropped paths off it, one per layer."""
+    """Runs `torch.linspace` on the CPU: timm before 1.0.22 reads drop path rates from it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,8 +1,8 @@
-"""What upop wrote, and so may replace: a marker in every folder that it writes names its files.
+"""Determines which files upop wrote, and may replace: a marker in every folder lists them.
 
-A folder that is written as a whole (a model, graphs, examples) has a marker with a digest of every file: it is replaced
-only as long as there is nothing else in it. A folder that upop shares with others (a run) has a marker with names
-alone. Folders from before there were markers are known by what they hold.
+A folder that is written as a whole (a model, graphs, examples) has a marker with a digest per file, and is replaced
+only if it holds nothing else. A folder that upop shares with others (a run) has a marker with names alone. Folders of
+older versions, without a marker, are recognised by their content.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from upop.pruning.errors import some_of
 from upop.reading import parse_json, read_text
 
 Kind = Literal["model", "graphs", "examples", "run", "trackers", "demo", "data"]
-"""What a folder of upop is; the first three are written, and replaced, as a whole."""
+"""Kinds of folders; the first three are written and replaced as a whole."""
 WHOLE: tuple[Kind, ...] = ("model", "graphs", "examples")
 MARKER = ".upop-files.json"
 PART = re.compile(r"\.upop-\w+\.part")
-"""Names of the folders that files are written in before they get their places."""
+"""Names of temporary folders, in which files are written before they are renamed."""
 DESCRIBED = {
     "model": "a model",
     "graphs": "exported graphs",
@@ -41,15 +41,15 @@ DESCRIBED = {
 _SHOWN_BYTES = 40
 
 State = Mapping[str, tuple[int, int, int]]
-"""Relative name -> inode, size and time of every file in a folder: the same as long as nobody changes one."""
+"""Relative name -> inode, size and time of every file in a folder, to detect changes."""
 
 
 class Marker(BaseModel):
-    """What the marker of a folder says.
+    """The marker of a folder.
 
     Attributes:
-        kind: of the folder.
-        files: relative name of each file that upop wrote -> SHA-256 of its content; None where only the name counts.
+        kind: kind of the folder.
+        files: relative name of each file that upop wrote -> SHA-256 of its content; None if only the name counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,19 +59,19 @@ class Marker(BaseModel):
     files: Mapping[str, str | None]
 
     def text(self) -> str:
-        """Return what the file holds: of the same files the same text."""
+        """Return the content of the file, which is the same for the same files."""
         return json.dumps({**self.model_dump(), "files": dict(sorted(self.files.items()))}, indent=1) + "\n"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
-        kind: what upop wrote there; None if it is no folder of upop.
-        foreign: relative names of what upop did not write.
-        changed: relative names of files that upop wrote, and somebody changed.
-        state: of all files.
+        kind: its kind; None if it is not a folder of upop.
+        foreign: relative names of files that upop did not write.
+        changed: relative names of files of upop that were changed.
+        state: state of all files.
     """
 
     kind: Kind | None
@@ -81,13 +81,13 @@ class Contents:
 
 
 def marker_of(folder: Path, kind: Kind) -> Marker:
-    """Return the marker for a folder that was just written, with a digest of every file in it."""
+    """Return the marker for a newly written folder, with a digest per file."""
     names = [name for name in _files(folder) if name != MARKER]
     return Marker(kind=kind, files={name: _digest(folder / name) for name in names})
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """Return the marker of a folder; None if it has none of this form."""
+    """Return the marker of a folder; None if it has no valid one."""
     try:
         return Marker.model_validate(_json(folder / MARKER))
     except ValidationError:
@@ -95,7 +95,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def contents(folder: Path) -> Contents:
-    """Look at a folder that is written as a whole, file by file."""
+    """Examine a folder that is written as a whole, file by file."""
     marker = read_marker(folder) or unmarked(folder)
     if marker is None:  # a large one, maybe: it is not walked through
         return Contents(None, tuple(sorted(path.name for path in folder.iterdir())), (), {})
@@ -117,10 +117,10 @@ def contents(folder: Path) -> Contents:
 
 
 def real_folder(folder: Path) -> Path:
-    """Return where a folder to write really lies: a link to a folder is followed, and stays.
+    """Return the real path of a folder to write, following a link to a folder.
 
     Raises:
-        RunFolderError: there is something else of that name.
+        RunFolderError: the name belongs to something else.
     """
     try:
         if folder.is_dir():
@@ -132,24 +132,24 @@ def real_folder(folder: Path) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise RunFolderError(f"{folder} cannot be written: {reason}. Choose another place.") from error
     raise RunFolderError(
-        f"{folder} is to be a folder, and {_thing(folder, found)} of that name is there already. Nothing was changed. "
+        f"{folder} should be a folder, but there is {_thing(folder, found)} of that name. Nothing was changed. "
         "Choose another name."
     )
 
 
 def refuse_foreign_folder(folder: Path, kind: Kind | None, *, overwrite: bool = False) -> State | None:
-    """Refuse to replace a folder that is not upop's own, of this kind, and whole.
+    """Refuse to replace a folder unless it is upop's, of this kind, and unchanged.
 
     Args:
-        folder: where it really lies.
-        kind: of what is to take its place; None replaces no folder but an empty one.
-        overwrite: whether a folder of another kind, or one whose files were changed, may be replaced too.
+        folder: its real path.
+        kind: the kind of the new folder; None replaces only an empty folder.
+        overwrite: whether to replace a folder of another kind, or with changed files, too.
 
     Returns:
-        What is in it; None if there is no folder.
+        The state of its files; None if there is no folder.
 
     Raises:
-        RunFolderError: it holds something else; the message says what.
+        RunFolderError: it holds something else; the message names it.
     """
     if not folder.exists():
         return None
@@ -212,17 +212,17 @@ def _refuse(folder: Path, found: Contents, kind: Kind | None, overwrite: bool) -
 
 
 def refuse_foreign_file(path: Path, replace: bool | Callable[[Path], bool]) -> tuple[int, int, int] | None:
-    """Refuse to replace a file that is not upop's own.
+    """Refuse to replace a file that is not upop's.
 
     Args:
-        path: of the file.
-        replace: whether a file may be replaced; a function tells by what is in it.
+        path: the file.
+        replace: whether to replace an existing file; a function decides by its content.
 
     Returns:
-        Which file it is, to notice when another one takes its place; None if there is none.
+        The identity of the file, to detect that another one took its place; None if there is no file.
 
     Raises:
-        RunFolderError: it may not be replaced; the message says what it is.
+        RunFolderError: it may not be replaced; the message describes it.
     """
     try:
         found = os.lstat(path)
@@ -233,8 +233,8 @@ def refuse_foreign_file(path: Path, replace: bool | Callable[[Path], bool]) -> t
         raise RunFolderError(f"{path} cannot be written: {reason}. Choose another place.") from error
     if not stat.S_ISREG(found.st_mode):
         raise RunFolderError(
-            f"{path} is to be a file, and {_thing(path, found)} of that name is there already. Nothing was changed. "
-            "Choose another name."
+            f"{path} should be a file, but there is {_thing(path, found)} of that name. Nothing was changed. Choose "
+            "another name."
         )
     if not (replace(path) if callable(replace) else replace):
         raise RunFolderError(
@@ -245,12 +245,12 @@ def refuse_foreign_file(path: Path, replace: bool | Callable[[Path], bool]) -> t
 
 
 def state_of(folder: Path) -> State:
-    """Return which files a folder holds."""
+    """Return the state of the files in a folder."""
     return {name: _identity(found) for name, found in _files(folder).items()}
 
 
 def identity_of(path: Path) -> tuple[int, int, int]:
-    """Return which file this is: the same as long as nobody changes it."""
+    """Return the identity of a file, to detect changes."""
     return _identity(os.lstat(path))
 
 
@@ -261,7 +261,7 @@ def wrote_archive(path: Path) -> bool:
 
 
 def has_fields(names: Iterable[str]) -> Callable[[Path], bool]:
-    """Return what tells whether a file holds a JSON object with these fields."""
+    """Return a function that checks whether a file holds a JSON object with these fields."""
     wanted = set(names)
     return lambda path: isinstance(found := _json(path), dict) and wanted <= set(found)
 
@@ -279,7 +279,7 @@ def wrote_image(path: Path) -> bool:
 
 
 SOFTWARE = "upop"
-"""What the PNG files of upop say that they were written with."""
+"""The `Software` field of upop's PNG files."""
 _ARCHIVE = re.compile(rb"written-by-upop/|\.[^/]+\.\d+/")  # the second as upop 0.1 called them
 _PAGE = b'<meta name="generator" content="upop">'
 _PAGE_BEFORE = b"""<!doctype html>
@@ -291,16 +291,16 @@ _PAGE_BEFORE = b"""<!doctype html>
 <meta name="color-scheme" content="light dark">
 <title>"""  # of upop 0.1
 ARCHIVE = "written-by-upop"
-"""Name, without its ending, of files while they are written."""
+"""Stem of files while they are written."""
 
 
 def shown(names: Iterable[str]) -> str:
-    """Return some names of files, in words; what no terminal should be given is written as an escape."""
+    """Return some file names for a message; control characters are escaped."""
     return some_of([name if name.isprintable() else ascii(name) for name in names])
 
 
 def _head(path: Path, size: int) -> bytes:
-    """Return the first bytes of a regular file; of all else none, for a pipe would have to be waited for."""
+    """Return the first bytes of a regular file; none of anything else, since reading a pipe would block."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return b""
@@ -311,7 +311,7 @@ def _head(path: Path, size: int) -> bytes:
 
 
 def walk(folder: Path) -> tuple[dict[str, os.stat_result], list[str]]:
-    """Return all in a folder that is no folder, and all folders in it, by relative names; links are not followed."""
+    """Return the files and the folders in a folder, recursively, by relative names; links are not followed."""
     files, folders, waiting = {}, [], [""]
     while waiting:
         inside = waiting.pop()
@@ -339,7 +339,7 @@ def _digest(path: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    """Return what a JSON file holds; None if it is none, or a link."""
+    """Return the content of a JSON file; None if it is invalid, or a link."""
     try:
         return None if path.is_symlink() else parse_json(read_text(path), nan=True)
     except (OSError, ValueError):
@@ -347,7 +347,7 @@ def _json(path: Path) -> Any:
 
 
 def _thing(path: Path, found: os.stat_result) -> str:
-    """Return what is at a path, in words."""
+    """Describe the thing at a path, for messages."""
     if stat.S_ISLNK(found.st_mode):
         return f"a link to {str(path.readlink())!r}"
     if stat.S_ISDIR(found.st_mode):
@@ -373,7 +373,7 @@ _RUN_NAMES = re.compile(
 
 
 def unmarked(folder: Path) -> Marker | None:
-    """Return what the marker of a folder would say that has none, if upop wrote it all the same."""
+    """Return the marker of a folder of an older version, which has none; None if upop did not write it."""
     for kind, names_of in _EARLIER.items():
         if (names := names_of(folder)) is not None:
             return Marker(kind=kind, files=dict.fromkeys(names))
@@ -404,11 +404,11 @@ def _example_names(folder: Path) -> list[str] | None:
 
 
 _IMAGES = ("images", "pictures")
-"""What lists of files are called in examples.json, today and before."""
+"""Names of lists of files in examples.json, present and former."""
 
 
 def _images(content: Any) -> list[str]:
-    """Return all names in lists that are called images."""
+    """Return all names in the lists of images."""
     if isinstance(content, list):
         return [name for each in content for name in _images(each)]
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""What the package carries beside its code: published settings and recipes (configs/), the demo's model (assets/)."""
+"""Files of the package beside its code: published settings and recipes (configs/), the demo's model (assets/)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FOLDERS = ("configs", "assets")
 
 
 def located(path: str | Path) -> Path:
-    """Return `path`, or the package's own file or folder of that name where the working directory has none.
+    """Return `path`, or the package's file or folder of that name if the working directory has none.
 
     Only relative paths that begin with configs/ or assets/ are looked for in the package, as they are called in the
     repository. Once per path, a warning of the logger `upop` says which one was taken.
@@ -29,7 +29,7 @@ def located(path: str | Path) -> Path:
 
 
 def nearest_packaged(path: Path) -> str:
-    """Return a hint at the package's file with the nearest name, or "" for a path that is looked for elsewhere."""
+    """Return a hint at the package's file with the nearest name; "" for paths outside of the package's folders."""
     found = _in_package(path)
     return "" if found is None else nearest(path.name, [other.name for other in found.parent.glob("*.yaml")])
 
@@ -41,7 +41,7 @@ def _in_package(path: Path) -> Path | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something at a path."""
+    """Whether a path exists; False for impossible names."""
     try:
         return path.exists()
     except (OSError, ValueError):  # a name that no file can have

@@ -1,7 +1,7 @@
-"""Text that comes from outside (names of files and classes, captions, messages of libraries), made harmless to show.
+"""Makes untrusted text (names of files and classes, captions, messages of libraries) safe to display.
 
-A name may hold what a terminal, a browser or a reader takes for more than letters: codes that move the cursor or colour
-the screen, marks that turn the direction of writing, and halves of characters that no file takes.
+It may contain terminal codes that move the cursor or change colours, marks that change the direction of writing, and
+lone surrogates, which no file can store.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _HIDDEN = re.compile(
 
 
 def plain(text: object) -> str:
-    """Return a text with all that is no visible letter, space, tab or new line written out: `\\x1b`, `\\u202e`."""
+    """Escape everything but visible characters, spaces, tabs and newlines: `\\x1b`, `\\u202e`."""
     return _HIDDEN.sub(lambda found: found[0].encode("unicode-escape").decode(), str(text))
 
 
 def one_line(text: object) -> str:
-    """Return a plain text on one line, as a cell of a table or an entry of a list takes it."""
+    """Return a safe text on one line, for cells of tables and items of lists."""
     return plain(" ".join(str(text).split()))
 
 
 def as_text(text: object, style: str = "") -> Text:
-    """Return a plain text for rich, to which nothing in it is markup, a link or a name of an emoji."""
+    """Return a safe text for rich, without markup, links and emoji codes."""
     from rich.text import Text
 
     return Text(plain(text), style=style)

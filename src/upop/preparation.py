@@ -1,4 +1,4 @@
-"""How images become what a model takes: in which way they are resized, and which colours become zero and one."""
+"""Preparation of images for a model: resizing and normalisation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import Field
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Resize = Literal["squash", "crop", "pad"]
-"""squash: both sides become the model's; crop: the short one does, and the middle is cut out; pad: the long one does,
-and the rest is black (in classification, as timm does it, of the mean colour)."""
+"""squash: both sides are resized to the model's; crop: the short side, followed by a centre crop; pad: the long side,
+followed by padding with black (in classification, as in timm, with the mean colour)."""
 Mean = tuple[float, float, float]
 Deviation = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
@@ -22,14 +22,14 @@ IMAGENET_STD: Deviation = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Images:
-    """How images are brought to a model's size and range; by default as published for BLIP and CLIP.
+    """Size and normalisation of images; by default as published for BLIP and CLIP.
 
     Attributes:
-        mean: of red, green and blue, from 0 to 1, which becomes zero.
-        std: their deviation, which becomes one.
-        interpolation: of resizing.
-        resize: in which way.
-        crop_ratio: the model's side as a share of that which is resized to; the middle is cut out.
+        mean: mean of red, green and blue, in [0, 1].
+        std: standard deviation of red, green and blue.
+        interpolation: interpolation of resizing.
+        resize: how to reach a square.
+        crop_ratio: the model's image side as a share of the resized one, before the centre crop.
     """
 
     mean: Mean = CLIP_MEAN
@@ -39,7 +39,7 @@ class Images:
     crop_ratio: float = 1.0
 
     def resized_to(self, side: int) -> int:
-        """Return the side in pixels that images are resized to before `side` is cut out of their middle."""
+        """Return the side in pixels to resize to before the centre crop of `side`."""
         return int(side / self.crop_ratio + 1e-6)  # 224 / (224 / 232) is a bit below 232
 
 

@@ -1,4 +1,4 @@
-"""Which process made something, and whether it has ended: what a killed process leaves behind may then go."""
+"""Identifies processes, to tell whether the maker of a temporary file has ended."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from typing import Self
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-_ENDED = "ZX"  # states of a process that has ended and was not asked for its exit code yet
+_ENDED = "ZX"  # states of a process that has ended, but was not reaped yet
 
 
 class ProcessId(BaseModel):
-    """A process, told apart from all others of all machines and times."""
+    """A process, unique across machines and restarts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     host: str
     boot: str
-    """When the machine was started; empty where the system does not tell."""
+    """Boot id of the machine; empty if the system has none."""
     namespace: str
-    """Whose numbers of processes these are: a container has its own."""
+    """PID namespace: containers have their own."""
     pid: int
     started: str
 
     @classmethod
     def current(cls) -> Self:
-        """Return the process that asks."""
+        """Return the current process."""
         pid = os.getpid()
         return cls(**_machine(), pid=pid, started=_started(pid) or "")
 
     def has_ended(self) -> bool:
-        """Whether the process has certainly ended; False where this machine cannot know."""
+        """Whether the process has certainly ended; False if this machine cannot know."""
         here = _machine()
         if self.host != here["host"]:
             return False
         if self.boot != here["boot"]:
-            return True  # the machine was started again since
+            return True  # the machine was restarted
         if self.namespace != here["namespace"]:
             return False
         started = _started(self.pid)
         return started is None or (bool(self.started) and started != self.started)
 
     def described(self) -> str:
-        """Return which process it is, in words."""
+        """Return a description for messages."""
         return f"process {self.pid} on {self.host}"
 
 
@@ -59,7 +59,7 @@ def _machine() -> dict[str, str]:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process was started, in the clock of the kernel; "" where unknown, None if there is no process."""
+    """Return the start time of a process in kernel ticks; "" if unknown, None if there is no process."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:

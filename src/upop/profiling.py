@@ -1,4 +1,4 @@
-"""Measures what layers of each kind take at some sizes, by timing the whole model with all layers of the kind cut."""
+"""Measures the latency of each kind of layer at several sizes, by timing the model with all layers of the kind cut."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from upop.report.latency import Clock, measure_latency
 
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 POINTS = 6
-"""Sizes at which a kind of layer is measured, beside the whole one."""
+"""Number of sizes at which a kind of layer is measured, besides the dense one."""
 
 
 @renamed_arguments(say="notify")
@@ -47,7 +47,7 @@ def profile_model(
     clock: Clock = time.perf_counter,
     notify: Callable[[str], None] | None = None,
 ) -> Profile:
-    """Return what a model's layers take, by kind and size.
+    """Measure the latency of a model's layers, by kind and size.
 
     The dense model and each cut one take turns, so that a drift of the machine hits both alike, and what a cut saves is
     a share of what the dense one took in the same turns. What a device takes in steps shows as far as sizes are steps.

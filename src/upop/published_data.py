@@ -1,4 +1,4 @@
-"""How many samples the data sets of the published runs have."""
+"""Numbers of samples in the data sets of the published runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading files that others may have written: regular files alone, of a bounded size, as text or as JSON.
+"""Reads untrusted files: only regular files of a bounded size, as text or JSON.
 
 What is read through here cannot make a program wait for ever (a named pipe), fill its memory (a device, a file without
 end), or fail with an error that names no file.
@@ -19,20 +19,20 @@ from upop.errors import UPopError
 from upop.pruning.json_text import DEEPEST, LONGEST_NUMBER, parse_json
 
 LARGEST = 64 * 2**20
-"""Bytes of a description, a plan, results or settings."""
+"""Largest size in bytes of a description, a plan, results or settings."""
 LARGEST_DATA = 2**30
-"""Bytes of an annotation file, or of the rows of a run."""
+"""Largest size in bytes of an annotation file, or of the rows of a run."""
 _LONGEST_LINE = 2**20
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @contextmanager
 def regular_file(path: str | Path) -> Iterator[io.BufferedReader]:
-    """Give an open file, if it is a regular one: a named pipe would be waited for, and a device has no end.
+    """Open a regular file: a named pipe would block, and a device has no end.
 
     Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: it is something else than a file.
+        OSError: the file is missing or cannot be opened.
+        ValueError: it is not a regular file.
     """
     # Opening a named pipe would wait for somebody who writes to it.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -42,11 +42,11 @@ def regular_file(path: str | Path) -> Iterator[io.BufferedReader]:
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """Return what a regular file holds.
+    """Return the content of a regular file.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is something else than a file, or larger than `largest` bytes.
+        OSError: the file is missing or cannot be read.
+        ValueError: it is not a regular file, or larger than `largest` bytes.
     """
     with regular_file(path) as file:
         content = file.read(largest + 1)
@@ -56,7 +56,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def _check_regular(mode: int) -> None:
-    """Raise ValueError, which says what it is, where `mode` (`st_mode`) is not that of a regular file."""
+    """Raise a ValueError unless `mode` (`st_mode`) is that of a regular file."""
     if stat.S_ISREG(mode):
         return
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
@@ -64,11 +64,11 @@ def _check_regular(mode: int) -> None:
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """Return the text of a regular file in UTF-8, without the mark that Windows' editors put before it.
+    """Return the text of a regular file in UTF-8, without a byte order mark.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is something else than a file, larger than `largest` bytes, or no UTF-8.
+        OSError: the file is missing or cannot be read.
+        ValueError: it is not a regular file, larger than `largest` bytes, or not UTF-8.
     """
     content = read_bytes(path, largest)
     if content.startswith(_UTF16):
@@ -88,18 +88,18 @@ def read_json(
     nan: bool = False,
     largest: int = LARGEST,
 ) -> Any:
-    """Return what a JSON file says.
+    """Return the content of a JSON file.
 
     Args:
-        path: of the file.
-        error: what to raise.
-        advice: what to do about a file that cannot be read, a sentence.
-        what: it is, for messages: "The plan".
-        nan: whether NaN and Infinity, which Python writes, are taken.
-        largest: bytes that it may have.
+        path: the file.
+        error: the class of errors to raise.
+        advice: a sentence on what to do about an unreadable file.
+        what: its description in messages: "The plan".
+        nan: whether NaN and Infinity, which Python writes, are allowed.
+        largest: largest size in bytes.
 
     Raises:
-        UPopError: of the kind `error`; there is no such file, or it is no JSON within the bounds.
+        UPopError: of the class `error`: the file is missing, or no JSON within the bounds.
     """
     try:
         return parse_json(read_text(path, largest), nan=nan)
@@ -108,7 +108,7 @@ def read_json(
 
 
 def read_object(path: Path, error: type[UPopError], advice: str, *, nan: bool = False) -> dict[str, Any]:
-    """Return what a JSON file says that holds an object; arguments and errors are those of `read_json`."""
+    """Return the object in a JSON file; arguments and errors are those of `read_json`."""
     content = read_json(path, error, advice, nan=nan)
     if not isinstance(content, dict):
         raise error(f"{path} must hold a JSON object, and holds a {type(content).__name__}. {advice}")
@@ -116,11 +116,11 @@ def read_object(path: Path, error: type[UPopError], advice: str, *, nan: bool = 
 
 
 def read_lines(path: Path, largest: int = LARGEST_DATA) -> Iterator[Any]:
-    """Give what every line of a file says, as JSON (NaN included), or the ValueError that says why it cannot be read.
+    """Yield the JSON value of every line (NaN allowed), or a ValueError with the reason why it cannot be read.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is something else than a file, or larger than `largest` bytes.
+        OSError: the file is missing or cannot be read.
+        ValueError: it is not a regular file, or larger than `largest` bytes.
     """
     for line in read_bytes(path, largest).split(b"\n"):
         if line.strip():
@@ -133,7 +133,7 @@ def read_lines(path: Path, largest: int = LARGEST_DATA) -> Iterator[Any]:
 
 
 def reason(error: BaseException) -> str:
-    """Return why something cannot be read, in the words that follow "cannot be read: "."""
+    """Return the reason of an error, to follow "cannot be read: "."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (words or type(error).__name__).rstrip(".")
 

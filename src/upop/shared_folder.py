@@ -1,4 +1,4 @@
-"""Folders that upop shares with others, such as a run's: what is ours there is written down, name by name."""
+"""Folders that upop shares with others, such as run directories: a marker lists upop's files by name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ _LOGS = (".log", ".out", ".err")  # of shells and schedulers, which make them be
 
 
 class SharedFolder:
-    """A folder in which upop writes files one by one; its marker names them.
+    """A folder in which upop writes files one by one, listed in its marker.
 
-    Its process claims a name before it writes: then either nothing has that name, or it is upop's already. So nothing
-    of others is ever replaced, and what is removed is what was claimed.
+    A name is claimed before the file is written, and only if it is free or already upop's. Files of others are never
+    replaced, and only claimed files are removed.
 
     Args:
-        path: of the folder.
-        kind: what it is.
-        folders: names of the folders in it that upop writes in; others are none of its business.
-        recognised: whether a file is upop's though it was never claimed, by its name, relative to the folder, and by
-            what is in it.
+        path: the folder.
+        kind: its kind.
+        folders: names of subfolders that upop writes to; others are ignored.
+        recognised: (relative name, path) -> whether a file is upop's though it was never claimed.
     """
 
     def __init__(
@@ -41,12 +40,10 @@ class SharedFolder:
         self._recognised = recognised
 
     def check(self) -> None:
-        """Refuse a folder that holds what upop did not write.
-
-        Let be are files that end in .log, .out or .err, and folders of other names than upop's.
+        """Refuse a folder with files that upop did not write, except .log, .out, .err, and subfolders of other names.
 
         Raises:
-            RunFolderError: it does; the message says what.
+            RunFolderError: there are such files; the message names them.
         """
         if not self.path.is_dir():
             return
@@ -58,26 +55,26 @@ class SharedFolder:
             return
         marker = read_marker(self.path) or unmarked(self.path)
         if marker is None:
-            holds = "it holds what upop did not write"
+            holds = "it holds files that upop did not write"
         elif ours is None:
-            holds = f"it holds {DESCRIBED[marker.kind]} of upop, and {DESCRIBED[self._kind]} is to be there"
+            holds = f"it holds {DESCRIBED[marker.kind]} of upop, not {DESCRIBED[self._kind]}"
         else:
             holds = (
-                f"beside {DESCRIBED[self._kind]} of upop it holds what upop did not write, or what was changed since"
+                f"beside {DESCRIBED[self._kind]} of upop it holds files that upop did not write, or that were changed"
             )
         raise RunFolderError(
-            f"{self.path} is there already: {holds}: {shown(foreign)}. Nothing was changed. Name a new or an empty "
-            "folder, or move that away."
+            f"{self.path} is there already: {holds}: {shown(foreign)}. Nothing was changed. Give a new or an empty "
+            "folder, or move these files away."
         )
 
     def claim(self, name: str) -> Path:
-        """Write down that a file is upop's, and return its path, to be written with `replace=True`.
+        """Record a file as upop's, and return its path, to be written with `replace=True`.
 
         Args:
-            name: of the file, relative to the folder.
+            name: the file, relative to the folder.
 
         Raises:
-            RunFolderError: there is one that is not upop's, or a folder that is not.
+            RunFolderError: the file exists and is not upop's, or the folder is not.
         """
         path = self.path / name
         ours = self._ours()
@@ -87,21 +84,21 @@ class SharedFolder:
         if name not in ours:
             if os.path.lexists(path) and not self._is_recognised(name):
                 raise RunFolderError(
-                    f"{path} is there already, and upop did not write it. It was left as it is. Move it away."
+                    f"{path} is there already, and upop did not write it. It is unchanged. Move it away."
                 )
             self._write(ours | {name})
         return path
 
     def glob(self, pattern: str) -> set[str]:
-        """Return the relative names of all files, of upop or not, that a pattern fits."""
+        """Return the relative names of all files that match a pattern, of upop or not."""
         return {path.relative_to(self.path).as_posix() for path in self.path.glob(pattern)}
 
     def own(self, names: Iterable[str]) -> None:
-        """Write down that files are upop's which a library just made for it, and which were not there before."""
+        """Record files as upop's that a library has just made for it."""
         self._write((self._ours() or frozenset()).union(names))
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files that were claimed, and write down that their names are free; others are left."""
+        """Remove claimed files and release their names; other files are kept."""
         ours = self._ours() or frozenset()
         gone = {name for name in names if name in ours or self._is_recognised(name)}
         for name in gone:
@@ -110,7 +107,7 @@ class SharedFolder:
             self._write(ours - gone)
 
     def remove_parts(self) -> None:
-        """Remove what killed processes left in the folder and in the folders of its files."""
+        """Remove remains of killed processes in the folder and in the folders of its files."""
         parents = {parent for name in self._ours() or () for parent in Path(name).parents}
         for folder in {Path(), *parents}:
             remove_parts(self.path / folder)
@@ -139,7 +136,7 @@ class SharedFolder:
         return foreign
 
     def _foreign_in(self, folder: Path, ours: frozenset[str] | None) -> list[str]:
-        """Return what is not upop's in a folder in this one, by relative names; folders alone are nothing."""
+        """Return the relative names of files in a subfolder that are not upop's."""
         if (read_marker(folder) or unmarked(folder)) is not None:
             found = contents(folder)
             foreign = [*found.foreign, *found.changed] if found.kind in ("model", "examples") else []

@@ -1,4 +1,4 @@
-"""The files behind a data set, as digests that tell whether they are still the same, wherever they lie by now."""
+"""Digests of the files of a data set, to detect changes independently of their location."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from upop.reading import regular_file
 
 READ_WHOLE = 128 * 2**20
-"""Bytes of images up to which a data set is compared by content; a larger one by names and sizes."""
+"""Data sets with at most this many bytes of images are compared by content, larger ones by names and sizes."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Sources:
     """The files that a data set reads.
 
     Attributes:
-        annotations: files that say what there is.
-        images: names in the data set, and where they lie.
+        annotations: the annotation files.
+        images: name in the data set -> path.
     """
 
     annotations: Sequence[Path]
@@ -28,12 +28,12 @@ class Sources:
 
 
 def digests_of(sources: Sources) -> dict[str, Any]:
-    """Return what `differences` compares: contents of annotations; of images names, sizes, times and contents.
+    """Return digests for `differences`: of annotation files, and of names, sizes, times and contents of images.
 
-    Contents are None of more than `READ_WHOLE` bytes of images.
+    The digest of contents is None for more than `READ_WHOLE` bytes of images. Unreadable images are no error.
 
     Raises:
-        OSError: an annotation file cannot be read. What a run makes of images that cannot be is not decided here.
+        OSError: an annotation file cannot be read.
     """
     found = {name: (path, *_stat(path)) for name, path in sorted(sources.images.items())}
     small = sum(size for _, size, _ in found.values()) <= READ_WHOLE
@@ -49,19 +49,19 @@ def digests_of(sources: Sources) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], split: str) -> tuple[list[str], list[str]]:
-    """Return how two answers of `digests_of` differ, in words: what matters, and what may matter.
+    """Describe how two results of `digests_of` differ: certain changes, and possible ones.
 
     Args:
-        before: of the run as it began.
-        now: of the data as it is.
-        split: what the data set is called.
+        before: digests at the start of the run.
+        now: digests of the present data.
+        split: name of the split.
     """
     described, notes = [], []
     old, new = before["annotations"], now["annotations"]
     if sorted(old) != sorted(new):
-        described.append(f"the {split} data: it was described by {_names(old)}, and is by {_names(new)}")
+        described.append(f"the {split} data: its annotation files were {_names(old)}, and are {_names(new)}")
     described += [
-        f"the {split} data: the annotation file {name} has another content than it had"
+        f"the {split} data: the content of the annotation file {name} changed"
         for name in sorted(set(old) & set(new))
         if old[name] != new[name]
     ]
@@ -70,12 +70,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], split: str) -
         more = f": there were {before['pictures']}, and are {now['pictures']}" if not by("pictures") else ""
         described.append(f"the {split} data: images were added, removed or renamed{more}")
     elif not by("sizes"):
-        described.append(f"the {split} data: images have other sizes than they had")
+        described.append(f"the {split} data: file sizes of images changed")
     elif before["contents"] is not None and now["contents"] is not None:
         if not by("contents"):
-            described.append(f"the {split} data: images have another content than they had")
+            described.append(f"the {split} data: the content of images changed")
     elif not by("times"):
-        notes.append(f"the {split} data: images have other times than they had, and the names and sizes that they had")
+        notes.append(f"the {split} data: times of image files changed, but neither names nor sizes")
     return described, notes
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command loads its libraries, which takes seconds, ends it in a sentence and not in a traceback."""
+"""Ends a command with one sentence, not a traceback, on Ctrl-C while it imports its libraries."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from types import FrameType
 
 INTERRUPTED = 130
-"""What a command that Ctrl-C ended exits with, as shells have it: 128 and the signal's number."""
+"""Exit code after Ctrl-C, as in shells: 128 plus the signal number."""
 
 
 def watch_start() -> None:
-    """Have Ctrl-C end this process at once, until `end_watch`, if it runs `upop` or `python -m upop`.
+    """Let Ctrl-C end this process at once, until `end_watch`, if it runs `upop` or `python -m upop`.
 
-    A process that only imports the package is left alone, and so is one where somebody else handles the signal.
+    Nothing changes in processes that only import the package, or that handle the signal themselves.
     """
     main = threading.current_thread() is threading.main_thread() and multiprocessing.parent_process() is None
     if main and _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -25,14 +25,14 @@ def watch_start() -> None:
 
 
 def end_watch() -> None:
-    """Give the signal back: from here on an interrupt is an error, for there may be files to close."""
+    """Restore the default handler: from here on an interrupt is an exception, since there may be files to close."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _is_command() -> bool:
     started = sys.argv[0] if sys.argv else ""
-    # Python calls a module "-m" as long as it imports its packages, and by its file then.
+    # sys.argv[0] is "-m" while Python imports the packages of a module, and its file afterwards.
     if started != "-m" and Path(started).name != "__main__.py":
         return Path(started).name in ("upop", "upop.exe")
     words = sys.orig_argv

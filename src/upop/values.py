@@ -1,4 +1,4 @@
-"""What every class of settings and sizes checks alike, and how its complaints are worded."""
+"""The base class of settings and sizes: shared validation, and messages for validation errors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from upop.errors import SettingError
 
 _SHOWN = 100
-_LONGEST_TOLD = 1000
-_LARGEST = 2**53  # what a float still tells apart
-_LONGEST, _LONGEST_NAME = 4000, 255  # bytes of a path, and of a name in it, that Linux takes
+_LONGEST_SHOWN = 1000
+_LARGEST = 2**53  # integers up to here are exact in floating point
+_LONGEST, _LONGEST_NAME = 4000, 255  # largest sizes in bytes of a path and of a name in it on Linux
 
 
 class Checked(BaseModel):
-    """Values that people write: frozen, all of them known, numbers finite and of a sensible size."""
+    """Values that users write: frozen, without unknown fields, with finite numbers of a bounded size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     largest: ClassVar[Mapping[str, int]] = {}
-    """The largest number that a field may hold, where that is not 2^53."""
+    """Largest number per field, if it is not 2^53."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would take and nobody means: true for 1, and texts that no file can be called."""
+        """Refuse values that pydantic accepts but nobody means: true for 1, and impossible file names."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError("Input should be a number, and true and false are none")
@@ -44,7 +44,7 @@ class Checked(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _not_too_large(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse numbers with which nothing can be computed."""
+        """Refuse numbers beyond the largest one."""
         largest = cls.largest.get(str(info.field_name), _LARGEST)
         if isinstance(value, int | float) and abs(value) > largest:
             raise ValueError(f"Input should be at most {largest}")
@@ -53,7 +53,7 @@ class Checked(BaseModel):
 
 @contextmanager
 def described(what: str) -> Iterator[None]:
-    """Make what pydantic says of values that do not fit a SettingError that begins with `what`."""
+    """Turn validation errors of pydantic into a SettingError that begins with `what`."""
     try:
         yield
     except ValidationError as error:
@@ -61,12 +61,11 @@ def described(what: str) -> Iterator[None]:
 
 
 def problems(error: ValidationError, source: Callable[[str], str | None] | None = None) -> list[str]:
-    """Return what is wrong, a line for each value: where, what it should be, and what was found.
+    """Return one line per invalid value: the field, the expected value, and the found one.
 
     Args:
-        error: of pydantic.
-        source: where the value of a field is from ("from --seed", "the default"), None for what is no field; the lines
-            tell it.
+        error: an error of pydantic.
+        source: field -> origin of its value ("from --seed", "the default") to add to the lines; None if it is no field.
     """
     lines = []
     for part in error.errors():
@@ -85,12 +84,12 @@ def problems(error: ValidationError, source: Callable[[str], str | None] | None 
 
 
 def _cut(text: str) -> str:
-    """Names come from files too, and may be of any length."""
-    return text if len(text) <= _LONGEST_TOLD else f"{text[:_LONGEST_TOLD]}..."
+    """Shorten a text: names may come from files, and have any length."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def shortened(value: Any) -> str:
-    """Return what a value looks like, as far as it fits into a message."""
+    """Return the representation of a value, shortened for messages."""
     try:
         text = repr(value)
     except ValueError:  # of a number with thousands of digits

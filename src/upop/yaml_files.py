@@ -1,4 +1,4 @@
-"""Reading what people write by hand in YAML: whole, small, and every key once."""
+"""Reads YAML files of users: bounded in size, and without duplicate keys."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe reader, which drops all but the last of equal keys without a word; this one refuses them."""
+    """PyYAML's safe loader, but duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return the mapping; ConstructorError for a key that is there twice."""
+        """Return the mapping; ConstructorError for a duplicate key."""
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -35,11 +35,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text says, in plain Python values.
+    """Parse a YAML text into plain Python values.
 
     Raises:
-        ValueError: it is no YAML, a key is there twice, it is too long, too deep or has numbers of too many digits, or
-            aliases repeat so much that it cannot be meant.
+        ValueError: the text is invalid, has a duplicate key, is too long or too deeply nested, or has too long numbers
+            or too many repeated aliases.
     """
     if len(text) > _LARGEST:
         raise ValueError(f"it has more than {_LARGEST:,} characters")
@@ -60,14 +60,14 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Return what a YAML file says.
+    """Return the content of a YAML file.
 
     Args:
-        path: of the file.
-        what: it is, for messages: "Config file".
+        path: the file.
+        what: its description in messages: "Config file".
 
     Raises:
-        SettingError: there is no such file, or it is no YAML.
+        SettingError: the file is missing or invalid.
     """
     if not is_file(path):
         raise SettingError(f"{what} {path} was asked for, and {_instead(path)}.")
@@ -79,7 +79,7 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def key_lines(path: Path) -> dict[str, int]:
-    """Return the keys of a YAML file's mapping, which `read_yaml` has read, and the lines that they stand on."""
+    """Return key -> line of a YAML file's mapping, which `read_yaml` has already read."""
     loader = _Loader(path.read_text(encoding="utf-8-sig"))
     try:
         node = loader.get_single_node()

@@ -184,7 +184,7 @@ def test_model_and_teacher_are_apart() -> None:
     distill.remove()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any(module._forward_hooks for module in teacher.modules())
-    with pytest.raises(StepError, match=r"taken off by remove\(\)"):
+    with pytest.raises(StepError, match=r"removed by remove\(\)"):
         distill.loss()
 
 

@@ -246,7 +246,9 @@ def test_classifiers_of_other_libraries(
 
 def test_a_timm_model_that_ours_is_not_is_refused(tmp_path: Path) -> None:
     folder = timm_hub_folder(tmp_path / "registers", reg_tokens=4)
-    with pytest.raises(CheckpointError, match=r"reg_tokens=4, and upop's own classifier has not.*upop\.Pruner"):
+    with pytest.raises(
+        CheckpointError, match=r"reg_tokens=4, which upop's own classifier does not support.*upop\.Pruner"
+    ):
         resolve("classification", folder)
 
 

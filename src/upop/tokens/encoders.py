@@ -274,7 +274,7 @@ def _removed(found: Mergeable, asked: int | float | Sequence[int]) -> tuple[int,
         if wanted and (not removable(tokens, found.prefix, wanted) or wanted >= found.tokens - found.prefix):
             raise SettingError(
                 f"vision={asked} leaves nothing to merge: layer {layer} of {depth} would have {tokens} tokens, "
-                f"{found.prefix} of them protected. Every layer can remove at most {most_removed(found)}."
+                f"{found.prefix} of them protected. At most {most_removed(found)} can be removed from every layer."
             )
     return removed
 
