@@ -200,7 +200,7 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     bert = BertModel(BertConfig(**sizes, vocab_size=20)).eval()
-    with pytest.raises(SettingError, match=r"layers of Llama alone, and a BertModel is none.*--to padded"):
+    with pytest.raises(SettingError, match=r"with Llama's layers, and a BertModel is none.*--to padded"):
         write_plain(bert, tmp_path / "out", "nemotron-nas")
     qwen = Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=20, num_key_value_heads=2, head_dim=8)).eval()
     with pytest.raises(SettingError, match=r"a Qwen3ForCausalLM is none: it has model\.layers\.0\.self_attn\.q_norm"):
