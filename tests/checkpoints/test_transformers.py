@@ -444,7 +444,7 @@ def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Classification, and cannot be loaded into a BertForSequenceClass"):
         upop.load_into(bert(), upop.save(model, tmp_path / "ours"))
     with pytest.raises(
-        PlanError, match=r"does not fit BertForSequenceClassification: .*Load the folder with the class"
+        PlanError, match=r"do not fit BertForSequenceClassification: .*Load the folder with the class"
     ):
         transformers.BertForSequenceClassification.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
