@@ -578,9 +578,7 @@ def test_a_claimed_name_is_ours_until_it_is_removed(tmp_path: Path) -> None:
     (tmp_path / "figures" / "mine.png").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "best" / "tokenizer.json").write_text("mine")
-    with pytest.raises(
-        RunFolderError, match=r"changed: best/tokenizer\.json, figures/mine\.png, notes\.txt\. "
-    ):
+    with pytest.raises(RunFolderError, match=r"changed: best/tokenizer\.json, figures/mine\.png, notes\.txt\. "):
         run.check()
     with pytest.raises(RunFolderError, match=r"notes\.txt is there already"):
         run.claim("notes.txt")

@@ -218,7 +218,7 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
     upop.save(bert, tmp_path / "bert")
     monkeypatch.setattr("upop.cli.export.load_named", pytest.fail)  # the weights are not read for a refusal
     refused = {
-        "--to nemotron-nas": "a BertModel is none: it has embeddings.LayerNorm.bias, for one. .*--to padded",
+        "--to nemotron-nas": "a BertModel is none: it has embeddings.LayerNorm.bias, for example. .*--to padded",
         "--to padded --cache": "--cache is for graphs",
         "--to torch-export --quantize int8": "is for onnx and openvino",
         "--quantize int4": "'int4' is not known; there is int8",

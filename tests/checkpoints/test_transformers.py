@@ -443,9 +443,7 @@ def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="Classification, and cannot be loaded into a BertForSequenceClass"):
         upop.load_into(bert(), upop.save(model, tmp_path / "ours"))
-    with pytest.raises(
-        PlanError, match=r"do not fit BertForSequenceClassification: .*Load the folder with the class"
-    ):
+    with pytest.raises(PlanError, match=r"do not fit BertForSequenceClassification: .*Load the folder with the class"):
         transformers.BertForSequenceClassification.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors\. Fetch or write its weights again"):

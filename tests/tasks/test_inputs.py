@@ -246,9 +246,7 @@ def test_classifiers_of_other_libraries(
 
 def test_a_timm_model_that_ours_is_not_is_refused(tmp_path: Path) -> None:
     folder = timm_hub_folder(tmp_path / "registers", reg_tokens=4)
-    with pytest.raises(
-        CheckpointError, match=r"reg_tokens=4, which upop's own classifier does not.*upop\.Compression"
-    ):
+    with pytest.raises(CheckpointError, match=r"reg_tokens=4, which upop's own classifier does not.*upop\.Compression"):
         resolve("classification", folder)
 
 
