@@ -10,7 +10,6 @@ import transformers
 from torch import Tensor
 
 from upop.checkpoints.names.pairs import Pairs, in_block, turned
-from upop.models.classifier import architecture_sizes
 
 State = Mapping[str, Tensor]
 
@@ -79,6 +78,8 @@ def read(state: State) -> dict[str, Tensor]:
 
 def config(ours: Any) -> Any:
     """Return transformers' configuration of a classifier."""
+    from upop.models.classifier import architecture_sizes  # of timm, which models of transformers do without
+
     sizes = architecture_sizes(ours.architecture)
     whole = {name: getattr(ours, name) or sizes[name] for name in sizes}
     kind: Any = transformers.DeiTConfig if "distilled" in ours.architecture else transformers.ViTConfig
