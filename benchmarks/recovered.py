@@ -37,13 +37,11 @@ REDUCTIONS = {"1.25x": 0.2, "1.5x": 1 / 3, "2x": 0.5, "4x": 0.75}
 """Times fewer prunable parameters -> the share of them that goes."""
 NONE, FULL, LORA = "none", "full", "LoRA"
 _ORDER = (
-    (("2x", "4x"), FULL),
-    (("2x", "4x", "1.5x", "1.25x"), NONE),
-    (("2x", "4x"), LORA),
-    (("1.5x", "1.25x"), FULL),
-    (("1.5x", "1.25x"), LORA),
+    ((("2x", "4x"), FULL), (("2x", "4x", "1.5x", "1.25x"), NONE)),
+    ((("2x", "4x"), LORA),),
+    ((("1.5x", "1.25x"), FULL), (("1.5x", "1.25x"), LORA)),
 )
-"""In which cells are measured, so that those that say most come first."""
+"""In which cells are measured, each part for all seeds before the next, so that those that say most come first."""
 RANK = 16
 DENSE, OURS, DEPTH, MAGNITUDE = "dense", "upop, one-shot", "depth by similarity", "magnitude"
 SEARCHED: dict[str, Method] = {
@@ -218,13 +216,12 @@ def methods(towers: bool, recovery: str, *, core: bool = False) -> list[str]:
 def cells(towers: bool, seeds: int) -> Iterator[Cell]:
     """Yield what is to be measured, what says most first."""
     yield {"method": DENSE, "reduction": "1x", "recovery": NONE, "seed": 0}
-    for core in (True, False):
-        for seed in range(seeds):
-            for reductions, recovery in _ORDER:
-                known = methods(towers, recovery, core=True)
-                chosen = known if core else [each for each in methods(towers, recovery) if each not in known]
-                for reduction, method in itertools.product(reductions, chosen):
-                    yield {"method": method, "reduction": reduction, "recovery": recovery, "seed": seed}
+    for core, part, seed in itertools.product((True, False), _ORDER, range(seeds)):
+        for reductions, recovery in part:
+            known = methods(towers, recovery, core=True)
+            chosen = known if core else [each for each in methods(towers, recovery) if each not in known]
+            for reduction, method in itertools.product(reductions, chosen):
+                yield {"method": method, "reduction": reduction, "recovery": recovery, "seed": seed}
 
 
 def options(parser: argparse.ArgumentParser, rows: Path, out: Path) -> None:

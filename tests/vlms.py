@@ -74,6 +74,14 @@ def llama(folder: Path, template: str | None = TURN) -> Path:
 
 
 def smolvlm(folder: Path) -> Path:
+    return _tiled(folder, t.SmolVLMForConditionalGeneration, t.SmolVLMConfig, t.SmolVLMVisionConfig)
+
+
+def idefics3(folder: Path) -> Path:
+    return _tiled(folder, t.Idefics3ForConditionalGeneration, t.Idefics3Config, t.Idefics3VisionConfig)
+
+
+def _tiled(folder: Path, model: Any, config: Any, vision: Any) -> Path:
     marks = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
     words = tokenizer(*marks, *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)))
     template = TURN.replace("IMAGE", "<image>").replace("<|end|>", "<end_of_utterance>")
@@ -81,16 +89,14 @@ def smolvlm(folder: Path) -> Path:
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True
     )
     made = t.Idefics3Processor(images, words, image_seq_len=4, chat_template=template)
-    vision = t.SmolVLMVisionConfig(**SIGHT)
-    text = t.LlamaConfig(**_sized(words))
-    config = t.SmolVLMConfig(
-        vision_config=vision,
-        text_config=text,
+    found = config(
+        vision_config=vision(**SIGHT),
+        text_config=t.LlamaConfig(**_sized(words)),
         scale_factor=2,
         image_token_id=words.convert_tokens_to_ids("<image>"),
         pad_token_id=0,
     )
-    return _saved(folder, t.SmolVLMForConditionalGeneration(config), made)
+    return _saved(folder, model(found), made)
 
 
 def llava(folder: Path) -> Path:
@@ -194,6 +200,23 @@ def paligemma(folder: Path) -> Path:
     return _saved(folder, t.PaliGemmaForConditionalGeneration(config), made)
 
 
+def gemma3(folder: Path) -> Path:
+    marks = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<soft>"}
+    words = tokenizer(*marks.values(), template=TURN.replace("IMAGE", "<boi>"), **marks)
+    images = t.Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    made = t.Gemma3Processor(images, words, chat_template=words.chat_template, image_seq_length=4)
+    config = t.Gemma3Config(
+        text_config=_sized(words, head_dim=8, sliding_window=64),
+        vision_config={**SIGHT, "model_type": "siglip_vision_model", "vision_use_head": False},
+        mm_tokens_per_image=4,
+        boi_token_index=words.convert_tokens_to_ids("<boi>"),
+        eoi_token_index=words.convert_tokens_to_ids("<eoi>"),
+        image_token_index=words.convert_tokens_to_ids("<soft>"),
+        image_token_id=words.convert_tokens_to_ids("<soft>"),
+    )
+    return _saved(folder, t.Gemma3ForConditionalGeneration(config), made)
+
+
 def internvl(folder: Path) -> Path:
     marks = {
         "start_image_token": "<img>",
@@ -255,7 +278,8 @@ def florence2(folder: Path) -> Path:
 
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
-    each.__name__: each for each in (llama, smolvlm, llava, qwen2_5_vl, qwen3_vl, paligemma, internvl, florence2)
+    each.__name__: each
+    for each in (llama, smolvlm, idefics3, llava, qwen2_5_vl, qwen3_vl, paligemma, gemma3, internvl, florence2)
 }
 
 

@@ -70,7 +70,9 @@ def test_answers_alone_are_labels(family: str, tmp_path: Path) -> None:
         assert torch.equal(described, batch["input_ids"][0, :place])
 
 
-@pytest.mark.parametrize("family", mostly_slow(["llava", "smolvlm", "qwen2_5_vl", "qwen3_vl", "internvl"], "llava"))
+@pytest.mark.parametrize(
+    "family", mostly_slow(["llava", "smolvlm", "idefics3", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"], "llava")
+)
 def test_all_answers_of_a_conversation_count(family: str, tmp_path: Path) -> None:
     format = made(family, tmp_path / family)
     said = [
@@ -130,7 +132,8 @@ def test_what_a_model_cannot_take_is_named(tmp_path: Path) -> None:
         batched(words, read(tmp_path, {"question": "What?", "answer": "red", "image": "0.png"}))
     with pytest.raises(DataError, match=r"line 1: it has no image, and a PaliGemma needs one"):
         batched(sees, read(tmp_path, {"question": "What?", "answer": "red"}))
-    smol = made("smolvlm", tmp_path / "c")
-    smol.max_tokens = 20
-    with pytest.raises(DataError, match="an image lies beyond 20 tokens"):
-        batched(smol, read(tmp_path, {"question": "What?", "answer": "red", "image": "0.png"}))
+    for family, most in (("smolvlm", 20), ("gemma3", 12)):
+        short = made(family, tmp_path / family)
+        short.max_tokens = most
+        with pytest.raises(DataError, match=f"an image lies beyond {most} tokens"):
+            batched(short, read(tmp_path, {"question": "What?", "answer": "red", "image": "0.png"}))

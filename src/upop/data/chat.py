@@ -237,8 +237,10 @@ class ChatFormat:
         most = self.max_tokens
         if found["input_ids"].shape[1] <= most:
             return found
-        token = getattr(self.processor, "image_token_id", None)
-        if token is not None and bool((beyond := (found["input_ids"][:, most:] == token).any(1)).any()):
+        # Gemma's processor calls the mark in texts the image's token, and its tokenizer the tokens of the image itself.
+        given = {getattr(each, "image_token_id", None) for each in (self.processor, self.tokenizer)} - {None}
+        tokens = torch.tensor(sorted(given), dtype=torch.long)
+        if bool((beyond := torch.isin(found["input_ids"][:, most:], tokens).any(1)).any()):
             row = samples[int(beyond.nonzero()[0])].row
             raise row.error(
                 f"an image lies beyond {most} tokens, where conversations are truncated. Raise max_tokens, make images "
