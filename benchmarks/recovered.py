@@ -11,9 +11,8 @@ import argparse
 import copy
 import itertools
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -257,34 +256,3 @@ def run(read: Callable[[], Subject], wanted: Sequence[Cell], given: argparse.Nam
         print(json.dumps(rows[-1]), flush=True)
     shared = {"steps": given.steps, "rate": given.rate, "lora_rate": given.lora_rate, "lora_rank": RANK}
     write_json(given.out, {"machine": machine(torch.device("cpu")), **shared, **about, "rows": rows})
-
-
-def shown(values: Sequence[float], digits: int = 1) -> str:
-    """Return a mean, its spread over the seeds, and how many there were: "93.5 ± 0.4 (3)"."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread} ({len(values)})"
-
-
-def table(rows: Sequence[Mapping[str, Any]], metric: str, recovery: str) -> tuple[list[str], list[list[str]]]:
-    """Return headings and lines of one recovery: a method to a line, a reduction to a column.
-
-    Args:
-        rows: of the file.
-        metric: which figure of theirs.
-        recovery: `NONE`, `FULL` or `LORA`.
-    """
-    dense = next(row for row in rows if row["method"] == DENSE)
-    chosen = [row for row in rows if row["recovery"] == recovery and row["method"] != DENSE]
-    order = [*SEARCHED, *methods(True, NONE)]
-    lines = []
-    for method in sorted({row["method"] for row in chosen}, key=order.index):
-        line = [method]
-        for size in REDUCTIONS:
-            found = [row for row in chosen if (row["method"], row["reduction"]) == (method, size)]
-            good = [row for row in found if metric in row]
-            text = shown([row[metric] for row in good]) if good else ("not reached" if found else "-")
-            if good and method == DEPTH:
-                text += f" at {statistics.mean(row['parameters'] for row in good) / 1e6:.3f} M"
-            line.append(text)
-        lines.append(line)
-    return ["method", *REDUCTIONS], [["dense", *(f"{dense[metric]:.1f}" for _ in REDUCTIONS)], *lines]

@@ -358,26 +358,49 @@ def settings(kind: type[RunSettings], *beside: type[RunSettings]) -> str:
     return markdown(["key", "default", "meaning"], rows)
 
 
-def dual_encoder() -> str:
-    """Return the table of a small dual encoder that was cut, one row per measured cell."""
-    names = {"upop": "upop", "Taylor": "first-order", "L2": "magnitude"}
-    order = ["1x", "1.25x", "1.5x", "2x", "4x"]
-    cells = sorted(
-        read("dual_encoder_cpu")["rows"],
-        key=lambda row: (order.index(row["reduction"]), row["steps"], [*names, row["method"]].index(row["method"])),
-    )
-    rows = [
-        [
-            names.get(row["method"], row["method"]),
-            row["reduction"],
-            str(row["steps"]),
-            f"{row['parameters'] / 1e6:.2f}",
-            *(f"{row[name]:.1f}" for name in ("TR@1", "IR@1", "r_mean")),
-        ]
-        for row in cells
+SIZES = ("1.25x", "1.5x", "2x", "4x")
+
+
+def recovered(file: str, score: str, recovery: str) -> str:
+    """Return what a small model keeps at all sizes, by method, after one kind of recovery.
+
+    Args:
+        file: of `benchmarks/recovered.py`.
+        score: which of its figures.
+        recovery: "none", "full" or "LoRA".
+    """
+    cells = read(file)["rows"]
+    dense = next(row for row in cells if row["method"] == "dense")
+    chosen = [row for row in cells if row["recovery"] == recovery and row["method"] != "dense"]
+
+    def shown(method: str, size: str) -> str:
+        found = [row for row in chosen if (row["method"], row["reduction"]) == (method, size)]
+        good = [row for row in found if score in row]
+        if not good:
+            return "not reached" if found else "-"
+        values = [row[score] for row in good]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        # Whole layers come near a size, no more.
+        about = f", {statistics.mean(row['parameters'] for row in good) / 1e6:.3f} M" if "depth" in method else ""
+        return f"{statistics.mean(values):.1f}{spread} ({len(values)}{about})"
+
+    sizes = [
+        statistics.mean(row["parameters"] for row in cells if row["reduction"] == size and row["method"] == _OURS) / 1e6
+        for size in SIZES
     ]
-    headings = ["method", "fewer prunable parameters", "steps of training", "parameters (M)", "TR@1", "IR@1", "r_mean"]
-    return markdown(headings, rows)
+    methods = sorted(
+        {row["method"] for row in chosen}, key=lambda name: (not name.startswith("upop"), "language" in name)
+    )
+    return markdown(
+        ["method", *(f"{size} ({left:.3f} M)" for size, left in zip(SIZES, sizes, strict=True))],
+        [
+            ["dense", *(f"{dense[score]:.1f}" for _ in SIZES)],
+            *([method, *(shown(method, size) for size in SIZES)] for method in methods),
+        ],
+    )
+
+
+_OURS = "upop, one-shot"
 
 
 def _beside(kind: type[RunSettings]) -> tuple[type[RunSettings], ...]:
@@ -560,7 +583,11 @@ TABLES: dict[str, Callable[[], str]] = {
         f"settings-{name}": lambda task=task: settings(task.settings, *_beside(task.settings))  # type: ignore[misc]
         for name, task in TASKS.items()
     },
-    "dual-encoder": dual_encoder,
+    **{
+        f"{name}-{recovery.lower()}": lambda file=file, score=score, recovery=recovery: recovered(file, score, recovery)  # type: ignore[misc]
+        for name, file, score in (("vlm", "vlm_methods_cpu", "exact"), ("dual", "dual_encoder_cpu", "r_mean"))
+        for recovery in ("none", "full", "LoRA")
+    },
     "quantized": quantized,
     "serving": serving,
     "uniform": uniform,

@@ -69,21 +69,33 @@ def test_a_cell_per_group_says_what_it_keeps(tmp_path: Path) -> None:
 
 def test_curves_settings_versions_examples_and_the_command_are_there(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
-    plots = [attributes["aria-label"] or "" for attributes in page.named("div") if attributes.get("role") == "img"]
-    assert [plot.partition(".")[0] for plot in plots] == [
+    shown_plots = plots(page)
+    assert [plot.partition(".")[0] for plot in shown_plots] == [
         "On the dev split (%)",
         "Kept during the search (%)",
         "Training loss; up to 3, clipped at 0",  # a full stop: 0.9...
         "Learning rate",
     ]
-    assert "accuracy: from 80 to 80.5" in plots[0]
-    assert "accuracy, dense model: from 82.3 to 82.3" in plots[0]
-    assert "vision: from 99.2 to 50; text: from 98.3 to 25" in plots[1]
+    assert "accuracy: from 80 to 80.5" in shown_plots[0]
+    assert "accuracy, dense model: from 82.3 to 82.3" in shown_plots[0]
+    assert "vision: from 99.2 to 50; text: from 98.3 to 25" in shown_plots[1]
     for shown in ("upop compress nlvr --p 0.5", "2.15.0+cpu", "Some CPU", "some/dense", "depth 3", "is it blue?"):
         assert shown in page.text
     assert "yes 9 of 10 people dense yes ✓ right UPop 2x no ✗ wrong" in page.text
     assert len(page.named("img")) == 1
     assert (page.named("img")[0]["width"], page.named("img")[0]["height"]) == ("40", "30")
+
+
+def test_losses_of_evaluations_are_in_no_curve_of_training(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    weighed = [{**row, "loss": 1e3, "perplexity": 1e4} if "split" in row else row for row in rows()]
+    before = plots(page_of(folder))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighed))
+    assert weighed != rows() and plots(page_of(folder)) == before
+
+
+def plots(page: Page) -> list[str]:
+    return [attributes["aria-label"] or "" for attributes in page.named("div") if attributes.get("role") == "img"]
 
 
 def test_texts_from_elsewhere_are_texts(tmp_path: Path) -> None:
@@ -291,9 +303,9 @@ def test_several_runs_are_put_side_by_side(tmp_path: Path) -> None:
     assert "method - magnitude -" in differing
     assert "output_dir" not in differing
     assert "pretrained" not in differing
-    plots = [attributes["aria-label"] or "" for attributes in page.named("div") if attributes.get("role") == "img"]
-    assert "test accuracy (%) over parameters (M)" in plots[0]
-    assert "a/2x: from 81.2 to 83.1" in plots[0]
+    shown_plots = plots(page)
+    assert "test accuracy (%) over parameters (M)" in shown_plots[0]
+    assert "a/2x: from 81.2 to 83.1" in shown_plots[0]
     # Samples that all runs show come once, with the answers of all.
     assert page.text.count("is it blue?") == 1
     assert "magnitude 2x no ✗ wrong" in page.text

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from upop.report.charts import Chart, Line, Point, chart, with_mean
-from upop.report.results import Results
+from upop.report.results import NO_PERCENT, Results
 from upop.report.run import Run
 
 _ABOUT = frozenset({"phase", "epoch", "step", "split", "average", "seconds"})  # all other keys of a row are metrics
@@ -107,8 +107,9 @@ def _metric_lines(run: Run) -> list[Line]:
 
 def _metrics(run: Run) -> list[str]:
     """Return the metrics of evaluations during training: those in the results table, or the first one."""
-    found = dict.fromkeys(name for row in run.rows if "split" in row for name in row if name not in _ABOUT)
-    found |= dict.fromkeys(name for row in run.rows for name in row.get("average", {}))
+    names = [name for row in run.rows if "split" in row for name in row if name not in _ABOUT]
+    names += [name for row in run.rows for name in row.get("average", {})]
+    found = dict.fromkeys(name for name in names if name not in NO_PERCENT)  # one scale for all
     shown = run.results.shown if run.results is not None else ()
     return [*(name for name in shown if name in found), *(name for name in found if name not in shown)][
         : max(1, sum(name in found for name in shown))
@@ -128,7 +129,7 @@ def _evaluated(run: Run, metric: str) -> list[Point]:
 
 
 def _trained(run: Run) -> list[Mapping[str, Any]]:
-    return [row for row in run.rows if "loss" in row]
+    return [row for row in run.rows if "loss" in row and "split" not in row]  # evaluations may have a loss too
 
 
 def _kept_lines(searched: Sequence[Mapping[str, Any]]) -> list[Line]:
