@@ -52,6 +52,8 @@ SEARCHED: dict[str, Method] = {
 """Methods that choose within the steps of recovery."""
 OTHERS = ("first-order, one cut", "Wanda, structured", "FLAP", "closed form")
 """Of `WAYS`."""
+# Key and value groups are few and large; scores that share out alike, or within a group, may take them from all layers.
+_MLPS = ("Wanda, structured, MLPs alone", "FLAP, MLPs alone")
 _LANGUAGE = ", language tower"
 NAMES = ("method", "reduction", "recovery", "seed")
 """What a cell is known by."""
@@ -142,11 +144,12 @@ class Subject:
         dense = self.bench.dense.model
         way, groups = method.removesuffix(_LANGUAGE), self.groups
         if way != method:
-            groups = [group for group in groups if group.modality == "text"]
+            alone = way in WAYS and WAYS[way].mlp_alone
+            groups = [each for each in groups if each.modality == "text" and (each.kind == "mlp" or not alone)]
             ratio *= self.prunable(self.groups) / self.prunable(groups)
             least = sum(self.costs[group.name] for group in groups) / self.prunable(groups)
             if ratio > 1 - least:
-                raise NotReachedError(f"{ratio:.0%} of the language tower, of which {1 - least:.0%} can go")
+                raise NotReachedError(f"{ratio:.0%} of what it cuts, of which {1 - least:.0%} can go")
         if way == DEPTH:
             return without_layers(dense, self.stacks, self.seen(seed), ratio, self.prunable(groups))
         if way in WAYS:
@@ -204,7 +207,7 @@ def methods(towers: bool, recovery: str, *, core: bool = False) -> list[str]:
         recovery: `NONE`, `FULL` or `LORA`.
         core: without variants of ours, and without those for which all towers share one budget as well.
     """
-    scored = [OTHERS[0], *(f"{each}{_LANGUAGE}" if towers else each for each in OTHERS[1:3])]
+    scored = [OTHERS[0], *(f"{each}{_LANGUAGE}" for each in (*_MLPS, *OTHERS[1:3]))] if towers else [*OTHERS[:3]]
     found = [*(["upop, search"] if recovery == FULL else []), OURS, scored[0], MAGNITUDE, DEPTH, *scored[1:]]
     if core:
         return found

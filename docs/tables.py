@@ -388,9 +388,8 @@ def recovered(file: str, score: str, recovery: str) -> str:
         statistics.mean(row["parameters"] for row in cells if row["reduction"] == size and row["method"] == _OURS) / 1e6
         for size in SIZES
     ]
-    methods = sorted(
-        {row["method"] for row in chosen}, key=lambda name: (not name.startswith("upop"), "language" in name)
-    )
+    names = {row["method"] for row in chosen}
+    methods = sorted(names, key=lambda name: (not name.startswith("upop"), "language" in name, name))
     return markdown(
         ["method", *(f"{size} ({left:.3f} M)" for size, left in zip(SIZES, sizes, strict=True))],
         [
