@@ -291,7 +291,7 @@ def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbe
         assert [path.name for path in folder.glob("*.onnx*")] == ([] if "openvino" in kind else ["model.onnx"])
     with pytest.raises(SettingError, match=r"A sample has 2 tensors; the graph takes input\."):
         upop.export(model, tmp_path / "out", example=example, quantize="int8", samples=[(x, x)])
-    with pytest.raises(SettingError, match=r"measures ranges on, but there are none"):
+    with pytest.raises(SettingError, match=r"samples calibrate quantize='int8', but there are none"):
         upop.export(model, tmp_path / "out", example=example, quantize="int8", samples=[])
 
 
@@ -306,7 +306,7 @@ def test_ranges_of_graphs_that_follow_each_other_are_measured_on_what_the_first_
     graphs = json.loads((folder / "export.json").read_text())["graphs"]
     assert {graph["quantized"]["ranges"] for graph in graphs.values()} == {"of 4 samples"}
     assert all(graph["quantized"]["difference"] < 0.2 for graph in graphs.values())
-    with pytest.raises(SettingError, match=r"has the graphs vision, decoder, and a sample for all of them"):
+    with pytest.raises(SettingError, match=r"has the graphs vision, decoder: give a sample as a mapping"):
         upop.export(model, tmp_path / "other", quantize="int8", samples=[samples[0]["images"]])
     with pytest.raises(SettingError, match=r"A sample has no attention_mask; the graph takes input_ids"):
         upop.export(model, tmp_path / "other", quantize="int8", samples=[{**samples[0], "attention_mask": None}])
