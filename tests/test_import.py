@@ -151,3 +151,8 @@ def test_there_is_one_pruner_and_one_way_to_cut() -> None:
     assert upop.Pruner is upop.pruning.Pruner
     assert upop.shrink is upop.pruning.shrink
     assert upop.calibrate is upop.pruning.calibrate
+
+
+def test_folders_of_transformers_are_opened_without_timm(tmp_path: Path) -> None:
+    code = "import upop.checkpoints.formats.transformers, upop.checkpoints.export.plain_models; print('opened')"
+    assert run(code, without=("timm",), cwd=tmp_path).splitlines()[-1] == "opened"

@@ -23,7 +23,6 @@ from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.formats.format import Own
 from upop.checkpoints.libraries import image_settings
 from upop.checkpoints.libraries.outside import Held, checked_config, sealed
-from upop.checkpoints.names.counterparts import check_counterpart, counterpart_named
 from upop.checkpoints.saving.quantizer import UpopConfig, allowing_gaps, cut_as_recorded, register
 from upop.errors import CheckpointError, UPopError
 from upop.reading import read_object
@@ -63,6 +62,8 @@ def own(checkpoint: Checkpoint) -> Own:
             "which upop's own models do not support. Load it as a transformers model (upop.load)."
         )
     images = image_settings.from_transformers(path)
+    from upop.checkpoints.names.counterparts import check_counterpart, counterpart_named  # of timm, partly
+
     row = counterpart_named(class_named(path))
     found = config_of(path, getattr(transformers, row.kind))
     try:
