@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from upop.data.text import tokenize
 from upop.data.tokenizer import load_tokenizer
 from upop.data.transforms import eval_transform
-from upop.data.vqa import VqaCollator, VqaDataset, VqaTrainingDataset, read_answer_list, tokenize_answers
+from upop.data.vqa import VqaCollator, VqaDataset, VqaTrainingDataset, read_answer_list
 from upop.errors import DataError
 
 TEN = ["red", "red", "red", "red", "red", "red", "dark red", "dark red", "dark red", "pink"]
@@ -282,7 +283,7 @@ def test_a_training_batch_has_the_answers_of_all_questions_in_a_row(root: Path, 
 
 def test_a_batch_to_be_answered_carries_the_candidates(root: Path, tokenizer: Any) -> None:
     data = asked(root, [ANSWERED])
-    candidates = tokenize_answers(tokenizer, ["yes", "dark red"])
+    candidates = tokenize(tokenizer, ["yes", "dark red"])
     batch = VqaCollator(tokenizer, candidates)([data[0]])
     assert set(batch) == {"images", "question_ids", "question_mask", "candidate_ids", "candidate_mask"}
     assert batch["candidate_ids"].tolist() == [[2, 15, 3, 0], [2, 11, 10, 3]]
@@ -296,7 +297,7 @@ def test_long_questions_are_cut(root: Path, tokenizer: Any) -> None:
 
 
 def test_worker_processes_can_be_given_all_of_it(root: Path, tokenizer: Any) -> None:
-    data, collate = training(root, [ANSWERED], [GENOME]), VqaCollator(tokenizer, tokenize_answers(tokenizer, ["yes"]))
+    data, collate = training(root, [ANSWERED], [GENOME]), VqaCollator(tokenizer, tokenize(tokenizer, ["yes"]))
     twin, as_well = pickle.loads(pickle.dumps((data, collate)))
     one, two = collate([data[0], data[1]]), as_well([twin[0], twin[1]])
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upop.data.annotated import AnnotatedImages
 from upop.data.samples import Sample, narrowed, shown
-from upop.data.text import clean_caption
+from upop.data.text import clean_caption, tokenize
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
 from upop.reading import LARGEST_DATA, read_json
@@ -203,14 +203,7 @@ class CaptionCollator:
         images = torch.stack([item["image"] for item in items])
         if "image_id" in items[0]:
             return {"images": images, "image_ids": torch.tensor([item["image_id"] for item in items])}
-        text = self.tokenizer(
-            [item["caption"] for item in items],
-            padding="longest",
-            truncation=True,
-            max_length=CAPTION_TOKENS,
-            return_tensors="pt",
-        )
-        ids, mask = text["input_ids"], text["attention_mask"]
+        ids, mask = tokenize(self.tokenizer, [item["caption"] for item in items], CAPTION_TOKENS)
         labels = caption_labels(ids, mask, self.prompt_length)
         return {"images": images, "input_ids": ids, "attention_mask": mask, "labels": labels}
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.samples import check_images, narrowed, read_samples
-from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right
+from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right, tokenize
 from upop.data.transforms import ImageTransform
 from upop.sources import Sources
 
@@ -119,18 +119,12 @@ class NlvrCollator:
 
     def __call__(self, items: Sequence[NlvrItem]) -> NlvrBatch:
         """Return the items as one batch."""
-        text = self.tokenizer(
-            [item["sentence"] for item in items],
-            padding="longest",
-            truncation=self.max_length is not None,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        ids, mask = tokenize(self.tokenizer, [item["sentence"] for item in items], self.max_length)
         images = [item["image0"] for item in items] + [item["image1"] for item in items]
         return {
             "images": torch.stack(images),
-            "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
+            "input_ids": ids,
+            "attention_mask": mask,
             "labels": torch.tensor([item["label"] for item in items]),
         }
 

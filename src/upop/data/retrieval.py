@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upop.data.annotated import AnnotatedImages
 from upop.data.samples import Sample, narrowed, shown
-from upop.data.text import clean_caption
+from upop.data.text import clean_caption, tokenize
 from upop.data.transforms import ImageTransform
 
 TEXT_TOKENS = 35
@@ -125,10 +125,8 @@ class RetrievalCollator:
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Return input_ids and attention_mask of texts, [texts, tokens]."""
-        words = self.tokenizer(
-            texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        return {name: words[name] for name in ("input_ids", "attention_mask")}
+        ids, mask = tokenize(self.tokenizer, texts, self.max_length)
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 def _cleaned(sample: Sample, text: str) -> str:

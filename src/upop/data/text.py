@@ -1,8 +1,12 @@
-"""The published cleaning of captions, sentences and questions, and swapping of left and right."""
+"""The published cleaning of captions, sentences and questions, swapping of left and right, and padded token ids."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 CAPTION_WORDS = 30
 NLVR_WORDS = 40
@@ -44,3 +48,18 @@ def _opposite(side: str) -> str:
     if side.isupper():
         return opposite.upper()
     return opposite.capitalize() if side[0].isupper() else opposite
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask of texts, [texts, tokens] each, padded to the longest.
+
+    Texts are truncated to `max_length` tokens; None keeps them whole.
+    """
+    text = tokenizer(
+        list(texts),
+        padding="longest",
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    return text["input_ids"], text["attention_mask"]

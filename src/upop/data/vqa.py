@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from upop.data.answers import ANNOTATORS, ANSWER_TYPES, answer_type
 from upop.data.images import open_image
 from upop.data.samples import Sample, check_images, is_text, narrowed, read_samples, shown
-from upop.data.text import clean_question
+from upop.data.text import clean_question, tokenize
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
 from upop.reading import parse_json, read_text, reason
@@ -248,32 +248,20 @@ class VqaCollator:
 
     def __call__(self, items: Sequence[VqaItem]) -> dict[str, Tensor]:
         """Return the items as one batch; in training with answers, [answers, tokens], weights and answer_counts."""
-        questions = self.tokenizer(
-            [item["question"] for item in items],
-            padding="longest",
-            truncation=True,
-            max_length=QUESTION_TOKENS,
-            return_tensors="pt",
-        )
+        ids, mask = tokenize(self.tokenizer, [item["question"] for item in items], QUESTION_TOKENS)
         batch = {
             "images": torch.stack([item["image"] for item in items]),
-            "question_ids": questions["input_ids"],
-            "question_mask": questions["attention_mask"],
+            "question_ids": ids,
+            "question_mask": mask,
         }
         if items[0]["answers"]:
-            ids, mask = tokenize_answers(self.tokenizer, [answer for item in items for answer in item["answers"]])
+            answers = tokenize(self.tokenizer, [answer for item in items for answer in item["answers"]])
             return batch | {
-                "answer_ids": ids,
-                "answer_mask": mask,
+                "answer_ids": answers[0],
+                "answer_mask": answers[1],
                 "answer_counts": torch.tensor([len(item["answers"]) for item in items]),
                 "weights": torch.tensor([weight for item in items for weight in item["weights"]]),
             }
         if self.candidates is not None:
             batch["candidate_ids"], batch["candidate_mask"] = self.candidates
         return batch
-
-
-def tokenize_answers(tokenizer: Any, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask of answers, [answers, tokens] each, padded to the longest."""
-    text = tokenizer(list(answers), padding="longest", return_tensors="pt")
-    return text["input_ids"], text["attention_mask"]

@@ -7,6 +7,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -30,8 +31,8 @@ class BlipSettings(LanguageSettings):
     cross: float | None = Field(
         None,
         ge=0,
-        description="gives each layer a cross token, which leads the merging of image tokens (it needs tokens), and "
-        "weighs the loss that brings those of image and text together in training",
+        description="adds a cross token to each layer, which guides the merging of image tokens (requires tokens); the "
+        "value is the weight of the loss that aligns the cross tokens of image and text",
     )
 
     @model_validator(mode="after")
@@ -107,20 +108,34 @@ Losses = Callable[[Any, nn.Module, Any, Any, float], Tensor]
 
 
 def with_cross_loss(loss: Losses) -> Losses:
-    """Have a task's loss add, in training, what brings the cross tokens of a model together that has some."""
+    """Wrap a task's loss so that training also aligns the cross tokens of image and text, if the model has any."""
 
     @wraps(loss)
-    def crossed(task: Any, model: nn.Module, batch: Any, settings: Any, epoch: float) -> Tensor:
+    def total_loss(task: Any, model: nn.Module, batch: Any, settings: Any, epoch: float) -> Tensor:
         inner = unwrapped(model)
         if not model.training or not has_cross_tokens(inner):
             return loss(task, model, batch, settings, epoch)
         with crossing(inner) as found:
             total = loss(task, model, batch, settings, epoch)
-        brought = found.loss()
-        # Without a weight, cross tokens of the text still are in the loss: several processes wait for all gradients.
-        return total if brought is None else total + (settings.cross or 0.0) * brought
+        cross_loss = found.loss()
+        # Even with weight 0, the text's cross tokens stay in the graph: several processes wait for all gradients.
+        return total if cross_loss is None else total + (settings.cross or 0.0) * cross_loss
 
-    return crossed
+    return total_loss
+
+
+def blank_images(model: nn.Module, count: int) -> Tensor:
+    """Return grey images of the model's size, [count, 3, size, size], on its device."""
+    config: BlipConfig = model.config  # type: ignore[assignment]
+    return torch.zeros(count, 3, config.image_size, config.image_size, device=next(model.parameters()).device)
+
+
+def dummy_tokens(model: nn.Module, count: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask of ones, [count, tokens] each, with at most as many tokens as the model takes."""
+    config: BlipConfig = model.config  # type: ignore[assignment]
+    shape = count, min(tokens, config.max_positions)
+    ones = torch.ones(shape, dtype=torch.long, device=next(model.parameters()).device)
+    return ones, torch.ones_like(ones)
 
 
 @cache

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from upop.models.caption import PAD, BlipCaption, CaptionConfig, caption_loss
 from upop.runs.examples import untransformed
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
+from upop.tasks.blip import BlipSettings, BlipTask, blank_images, blip_tokenizer, dummy_tokens, with_cross_loss
 
 _EXAMPLE_TOKENS = 15  # the caption length that the published multiply-adds were counted with
 _SAMPLING_PENALTY = 1.1
@@ -172,12 +171,8 @@ class CaptionTask(BlipTask[CaptionSettings]):
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey images with captions of 15 tokens."""
-        config: CaptionConfig = model.config  # type: ignore[assignment]
-        device = next(model.parameters()).device
-        tokens = min(_EXAMPLE_TOKENS, config.max_positions)
-        words = torch.ones(batch_size, tokens, dtype=torch.long, device=device)
-        images = torch.zeros(batch_size, 3, config.image_size, config.image_size, device=device)
-        return {"images": images, "input_ids": words, "attention_mask": torch.ones_like(words)}
+        ids, mask = dummy_tokens(model, batch_size, _EXAMPLE_TOKENS)
+        return {"images": blank_images(model, batch_size), "input_ids": ids, "attention_mask": mask}
 
     def _prepared(self, model: nn.Module, settings: CaptionSettings) -> nn.Module:
         positions: int = model.config.max_positions  # type: ignore[union-attr, assignment]

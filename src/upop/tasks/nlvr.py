@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.runs.examples import untransformed
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
+from upop.tasks.blip import BlipSettings, BlipTask, blank_images, blip_tokenizer, dummy_tokens, with_cross_loss
 
 _EXAMPLE_TOKENS = 36  # the sentence length that the published multiply-adds were counted with
 
@@ -104,9 +103,5 @@ class NlvrTask(BlipTask[NlvrSettings]):
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` pairs of grey images with sentences of 36 tokens."""
-        config: NlvrConfig = model.config  # type: ignore[assignment]
-        device = next(model.parameters()).device
-        tokens = min(_EXAMPLE_TOKENS, config.max_positions)
-        words = torch.ones(batch_size, tokens, dtype=torch.long, device=device)
-        images = torch.zeros(2 * batch_size, 3, config.image_size, config.image_size, device=device)
-        return {"images": images, "input_ids": words, "attention_mask": torch.ones_like(words)}
+        ids, mask = dummy_tokens(model, batch_size, _EXAMPLE_TOKENS)
+        return {"images": blank_images(model, 2 * batch_size), "input_ids": ids, "attention_mask": mask}

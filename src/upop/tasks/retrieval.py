@@ -18,7 +18,7 @@ from upop.models.retrieval import BlipRetrieval, RetrievalConfig, RetrievalLosse
 from upop.runs.devices import autocast
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
+from upop.tasks.blip import BlipSettings, BlipTask, blank_images, blip_tokenizer, dummy_tokens, with_cross_loss
 from upop.tasks.retrieval_base import Found, Kept, RetrievalSettings, RetrievalTask, summed
 
 
@@ -136,11 +136,8 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey images, each with a text of 35 tokens."""
-        config = cast(BlipRetrieval, model).config
-        device = next(model.parameters()).device
-        words = torch.ones(batch_size, min(TEXT_TOKENS, config.max_positions), dtype=torch.long, device=device)
-        images = torch.zeros(batch_size, 3, config.image_size, config.image_size, device=device)
-        return {"images": images, "input_ids": words, "attention_mask": torch.ones_like(words)}
+        ids, mask = dummy_tokens(model, batch_size, TEXT_TOKENS)
+        return {"images": blank_images(model, batch_size), "input_ids": ids, "attention_mask": mask}
 
     def published_example(self, model: nn.Module) -> dict[str, Any]:
         """Return the additional inputs of the loss for one pair, which is its own hard negative."""

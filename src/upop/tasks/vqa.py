@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from upop.data.answers import ANNOTATORS
+from upop.data.text import tokenize
 from upop.data.transforms import eval_transform, train_transform
-from upop.data.vqa import VqaCollator, VqaDataset, VqaTrainingDataset, read_answer_list, tokenize_answers
+from upop.data.vqa import VqaCollator, VqaDataset, VqaTrainingDataset, read_answer_list
 from upop.errors import DataError
 from upop.examples import Album, Answer, Example
 from upop.metrics.vqa import answer_accuracy, vqa_accuracy
@@ -26,7 +27,7 @@ from upop.pruning import count_macs
 from upop.runs.examples import untransformed
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
+from upop.tasks.blip import BlipSettings, BlipTask, blank_images, blip_tokenizer, dummy_tokens, with_cross_loss
 
 _INPUTS = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
 # The published multiply-adds are those of a training batch cut to one image. All its questions are encoded and all its
@@ -105,7 +106,7 @@ class VqaTask(BlipTask[VqaSettings]):
         tokenizer = blip_tokenizer(settings.tokenizer)
         if settings.inference == "generate":
             return VqaCollator(tokenizer)
-        return VqaCollator(tokenizer, tokenize_answers(tokenizer, read_answer_list(settings.answer_list)))
+        return VqaCollator(tokenizer, tokenize(tokenizer, read_answer_list(settings.answer_list)))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return images, questions and answers of a training batch."""
@@ -193,7 +194,7 @@ class VqaTask(BlipTask[VqaSettings]):
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey images, each with a question of 14 tokens and an answer of 5."""
         return {
-            "images": _images(model, batch_size),
+            "images": blank_images(model, batch_size),
             **_words(model, "question", batch_size, _QUESTION_TOKENS),
             **_words(model, "answer", batch_size, _ANSWER_TOKENS),
             "answer_counts": torch.ones(batch_size, dtype=torch.long, device=next(model.parameters()).device),
@@ -208,7 +209,7 @@ def _published_pass(model: nn.Module) -> Tensor:
     assert isinstance(model, BlipVqa)
     questions = _words(model, "question", _QUESTIONS, _QUESTION_TOKENS)
     answers = _words(model, "answer", _ANSWERS, _ANSWER_TOKENS)
-    _, states = model.encode(_images(model, 1), **questions)
+    _, states = model.encode(blank_images(model, 1), **questions)
     return model.decode(**answers, states=states[:1], question_mask=questions["question_mask"][:1])
 
 
@@ -233,13 +234,6 @@ def _check_candidates(samples: VqaTrainingDataset, file: Path) -> None:
         )
 
 
-def _images(model: nn.Module, count: int) -> Tensor:
-    config: VqaConfig = model.config  # type: ignore[assignment]
-    return torch.zeros(count, 3, config.image_size, config.image_size, device=next(model.parameters()).device)
-
-
 def _words(model: nn.Module, name: str, count: int, tokens: int) -> dict[str, Tensor]:
-    config: VqaConfig = model.config  # type: ignore[assignment]
-    size = count, min(tokens, config.max_positions)
-    ones = torch.ones(size, dtype=torch.long, device=next(model.parameters()).device)
-    return {f"{name}_ids": ones, f"{name}_mask": ones}
+    ids, mask = dummy_tokens(model, count, tokens)
+    return {f"{name}_ids": ids, f"{name}_mask": mask}
