@@ -98,7 +98,7 @@ def test_run_starts_what_the_recipe_says_and_flags_beat_it(monkeypatch: pytest.M
     [
         ("reference", "search for 15 epochs at a constant learning rate, masking 50 % of the cost; cut; retrain"),
         ("upop", "search in the first 10 % of 30 epochs, masking 50 % of the cost in stages; cut; train on"),
-        ("magnitude", "cut the smallest weights, 50 % of the cost; retrain for 30 epochs"),
+        ("magnitude", "cut by weight magnitude, 50 % of the cost; retrain for 30 epochs"),
     ],
 )
 def test_a_dry_run_tells_what_the_method_does(method: str, says: str) -> None:

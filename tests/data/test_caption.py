@@ -178,7 +178,7 @@ def test_a_test_split_may_have_no_captions(root: Path) -> None:
         ),
         (
             {**OTHER, "image": f"{'1' * 30}.png"},
-            "sample 1: the image id is the number .of at most 18 digits. at the end",
+            "sample 1: the image id is the number .at most 18 digits. at the end",
         ),
         ({**OTHER, "image": "b/red_7.png"}, "sample 1: .*has the number 7, as has sample 0.*rename the images"),
         ({**OTHER, "image": "13.png"}, "sample 1: the image '13.png' does not exist"),

@@ -147,7 +147,7 @@ WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"image": "0.png", "label": 2}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
     ([{"image": "0.png", "label": "cat"}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
     ([{"video": "a.mp4", "conversations": [ASKED, SAID]}], {}, "line 1: it has a video, and images alone"),
-    ([{"messages": "hello"}], {}, "must be a list of what is said in turn"),
+    ([{"messages": "hello"}], {}, "must be a list of turns"),
     ([], {}, "holds no rows"),
 ]
 

@@ -103,7 +103,7 @@ def test_what_describes_an_image(text: str, right: bool):
 
 
 def test_captions_that_tell_too_little_are_no_references():
-    with pytest.raises(DataError, match=r"None of the captions tells size.*upop data shapes --task caption"):
+    with pytest.raises(DataError, match=r"None of the captions has size.*upop data shapes --task caption"):
         describes("a red circle", ["a red circle", "a large red circle", "a red circle at the top", "a man on a horse"])
 
 

@@ -95,6 +95,6 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
 
 
 def test_every_class_needs_an_image(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="at least 12, a picture for every class, not 11"):
+    with pytest.raises(SettingError, match="at least 12, one image per class, not 11"):
         write_shapes("classification", tmp_path / "set", seed=1, size=11)
     assert not (tmp_path / "set").exists()

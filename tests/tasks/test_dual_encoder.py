@@ -183,7 +183,7 @@ def test_what_is_no_dual_encoder_is_refused(tmp_path: Path, pairs: Path) -> None
     model.save_pretrained(tmp_path / "vit")
     tiny_dual.image_processor("vit").save_pretrained(tmp_path / "vit")
     given = settings_of(pretrained=str(tmp_path / "vit"), test_data=str(pairs), output_dir=tmp_path / "e")
-    with pytest.raises(CheckpointError, match="is no dual encoder"):
+    with pytest.raises(CheckpointError, match="is not a dual encoder"):
         evaluate_checkpoint(TASK, given)
 
 
