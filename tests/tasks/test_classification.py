@@ -262,8 +262,8 @@ def test_flags_of_the_average(config: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--opt", "sgd"], "--opt sgd was asked for, and only adamw"),
-        (["--data-set", "INAT"], "--data-set INAT was asked for"),
+        (["--opt", "sgd"], "--opt sgd was given, and only adamw"),
+        (["--data-set", "INAT"], "--data-set INAT was given"),
         (["--eval"], "none was given"),
         (["--eval", "--resume", "must"], "none was given"),
         (["--resume", "x.pth"], "--resume x.pth names a checkpoint to evaluate"),

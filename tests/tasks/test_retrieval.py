@@ -222,7 +222,7 @@ def test_queue_smaller_than_the_batch_is_refused_before_any_work(config: Path, t
         train(TASK, settings)
 
 
-@pytest.mark.filterwarnings("ignore:A batch holds no hard negative")
+@pytest.mark.filterwarnings("ignore:Some pairs of a batch have no hard negative")
 @pytest.mark.slow
 def test_a_batch_of_one_trains(config: Path, tmp_path: Path) -> None:
     results = train(TASK, settings_of(config, batch_size_train=1, batch_size_test=1, output_dir=tmp_path))

@@ -167,7 +167,7 @@ def test_a_tokenizer_of_another_model_is_refused(config: Path, dense: Path, tmp_
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
     with pytest.raises(SettingError, match=r"words, and the tokenizer .* 8\. Set tokenizer"):
         TASK.load(dense, settings_of(config, tokenizer=str(tmp_path)))
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="does not exist"):
         TASK.load(dense, settings_of(config, tokenizer=str(tmp_path / "none")))
 
 
