@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import upop
+from upop.errors import SettingError
 
 
 class Model(nn.Module):
@@ -112,3 +113,12 @@ def test_nothing_is_computed_once_the_masks_are_off() -> None:
     calls.clear()
     backward(model)
     assert not calls
+
+
+def test_an_importance_gives_one_score_per_row() -> None:
+    pruner = upop.Pruner(model := Model(), 0.5, steps=3, importance=lambda weight, gradient: weight * gradient)
+    with pytest.raises(
+        SettingError, match=r"returned \[10, (\d)\] for a weight of \[10, \1\]\. Return one score per row"
+    ):
+        backward(model)
+    pruner.remove()

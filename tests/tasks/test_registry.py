@@ -114,5 +114,8 @@ def test_upops_own_names_are_taken_and_unknown_ones_are_named(monkeypatch: pytes
 
     with pytest.raises(SettingError, match="of its own"):
         register(Nlvr())
+    monkeypatch.delattr(ParityTask, "shown")
+    with pytest.raises(SettingError, match="ParityTask lacks shown"):
+        register(ParityTask())
     with pytest.raises(SettingError, match="dual-encoder"):
         find_task("dual_encoder")

@@ -50,8 +50,8 @@ SCORES: dict[str, Scoring] = {
     "squared": Scoring(signed, lambda sums: -sums.square()),
 }
 """By name. The sum of a channel's rows is the first-order change of the loss without it, by this step's batch. Sums
-that
-keep their signs tell over many steps which channels hurt, and cancel over few; magnitudes tell which ones matter."""
+that keep their signs tell over many steps which channels hurt, and cancel over few; magnitudes tell which ones matter.
+"""
 
 
 def scoring(importance: str | Importance) -> Scoring:
@@ -300,7 +300,14 @@ def is_checkpointed_whole(value: Tensor) -> bool:
 def _computed(function: Importance, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
     weight, gradient = parameter.detach(), gradient.detach()
     if weight.dim() == 1:
-        return function(weight.unsqueeze(1), gradient.unsqueeze(1))
-    if dim or weight.dim() > 2:
+        weight, gradient = weight.unsqueeze(1), gradient.unsqueeze(1)
+    elif dim or weight.dim() > 2:
         weight, gradient = (value.movedim(dim, 0).flatten(1) for value in (weight, gradient))
-    return function(weight, gradient)
+    rows = function(weight, gradient)
+    if rows.shape != weight.shape[:1]:
+        raise SettingError(
+            f"importance={getattr(function, '__name__', function)} returned {list(rows.shape)} for a weight of "
+            f"{list(weight.shape)}. Return one score per row, [{len(weight)}]; channels with high scores are pruned "
+            "first."
+        )
+    return rows

@@ -71,11 +71,13 @@ def register(task: Task[Any]) -> None:
         task: an instance of a subclass of `upop.runs.task.Task`.
 
     Raises:
-        SettingError: upop has a task of this name.
+        SettingError: upop has a task of this name, or the class lacks one of the attributes that every task sets.
     """
-    if task.name in _PLACES:
-        from upop.errors import SettingError  # imports torch, which listing the tasks does not need
+    from upop.errors import SettingError  # imports torch, which listing the tasks does not need
 
+    if lacking := [name for name in ("name", "metric", "shown", "splits", "settings") if not hasattr(task, name)]:
+        raise SettingError(f"{type(task).__name__} lacks {', '.join(lacking)}. Set them as attributes of the class.")
+    if task.name in _PLACES:
         raise SettingError(f"upop has a task {task.name!r} of its own. Give yours another name.")
     _tasks.add(task)
 
