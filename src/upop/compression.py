@@ -106,10 +106,10 @@ class Compression:
         Goal(ratio, target)  # refused before the model is copied
         steps = check_whole("steps", steps)
         if not 0 < share <= 1:
-            raise SettingError(f"share={share!r} was asked for. Give the share of all steps that search, in (0, 1].")
+            raise SettingError(f"share is the share of all steps that search, in (0, 1]; found {share!r}.")
         searched = search_steps(steps, share) if search is None else search
         if not 0 < searched <= steps:
-            raise SettingError(f"search={search!r} was asked for. Give a number of steps from 1 to steps={steps}.")
+            raise SettingError(f"search is a number of steps from 1 to steps={steps}; found {search!r}.")
         self.model, self.steps = model, steps
         self._verify, self._options, self._insists = verify, dict(distill or {}), teacher is not None
         self._averages = [_averaged(each) for each in (averages if isinstance(averages, Sequence) else [averages])]

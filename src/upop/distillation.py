@@ -246,8 +246,8 @@ class Distillation:
             own, aim = logits_of(output), logits_of(taught)
             if own is None or aim is None or own.shape != aim.shape or not own.requires_grad:
                 self._described = (
-                    f"logits={self._logits:g} was asked for, and {type(self._model).__name__} returns "
-                    f"{type(output).__name__}, not logits with gradients as the teacher does. Use logits=0."
+                    f"logits={self._logits:g} needs logits with gradients, as the teacher's, and "
+                    f"{type(self._model).__name__} returns {type(output).__name__}. Use logits=0."
                 )
             else:
                 mask = None if similarities(output) is not None else self._mask(own.shape[:-1])
@@ -369,7 +369,7 @@ def _residual_norms(teacher: nn.Module) -> Iterator[str]:
     if none:
         raise LayoutError(
             f"{type(teacher).__name__} has no norms on its residual stream whose outputs could be compared. Leave the "
-            "teacher out."
+            "teacher out (in a run: --set distill=0)."
         )
 
 

@@ -70,7 +70,7 @@ def read_yaml(path: Path, what: str) -> Any:
         SettingError: the file is missing or invalid.
     """
     if not is_file(path):
-        raise SettingError(f"{what} {path} was asked for, and {_instead(path)}.")
+        raise SettingError(f"{what} {path} cannot be read: {_instead(path)}.")
     try:
         return parse_yaml(read_text(path, _LARGEST))
     except (OSError, ValueError) as error:

@@ -114,9 +114,9 @@ def test_files_of_another_kind(tmp_path: Path, content: bytes, suffix: str) -> N
 
 
 def test_paths_that_hold_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"missing\.pth was asked for, and nothing was found"):
+    with pytest.raises(CheckpointError, match=r"missing\.pth does not exist\. Give the path"):
         read_weights(tmp_path / "missing.pth")
-    with pytest.raises(CheckpointError, match="a folder was found"):
+    with pytest.raises(CheckpointError, match="is a folder, not a file"):
         read_weights(tmp_path)
     (tmp_path / "best").mkdir()
     for path in (tmp_path, tmp_path / "last"):

@@ -195,5 +195,5 @@ def test_damaged_recipes_say_what_is_wrong(content: str, says: str, tmp_path: Pa
 
 
 def test_recipes_that_are_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"recipes\.yaml was asked for, and there is none"):
+    with pytest.raises(SettingError, match=r"recipes\.yaml cannot be read: there is none"):
         read_recipes(tmp_path / "recipes.yaml")

@@ -150,7 +150,7 @@ def test_a_target_in_milliseconds_counts_what_a_branch_takes_however_small_it_is
 @pytest.mark.parametrize(
     ("given_settings", "said"),
     [
-        ({"progress": "soft"}, "Search in stages"),
+        ({"progress": "soft"}, "needs a search in stages"),
         ({"depth": "yes"}, r"depth is True .* found 'yes'"),
     ],
 )
@@ -160,5 +160,5 @@ def test_settings_that_cannot_be_meant_are_refused(given_settings: dict[str, Any
 
 
 def test_a_model_that_runs_without_none_of_its_branches_is_told_before_training() -> None:
-    with pytest.raises(SettingError, match="runs without none of its 1 branches"):
+    with pytest.raises(SettingError, match="fails without any one of its 1 branches"):
         upop.Pruner(Split(), 0.5, 4, example=torch.randn(2, 5, 16), depth=True)

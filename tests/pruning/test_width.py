@@ -316,7 +316,7 @@ def test_a_stream_of_a_model_of_ones_own_is_cut() -> None:
     ("given", "why"),
     [
         ({"ratio": 0.5, "width": True}, "Give what is left of the whole model: target"),
-        ({"target": {"params": 0.5}, "width": True, "progress": "soft"}, "Search in stages"),
+        ({"target": {"params": 0.5}, "width": True, "progress": "soft"}, "needs a search in stages"),
         ({"target": {"params": 0.5}, "width": 3}, "width is True"),
     ],
 )

@@ -77,7 +77,7 @@ def _of_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         import timm
     if not timm.is_model(name):
         raise CheckpointError(
-            f"{name} was asked for: there is no such file or folder, and timm {timm.__version__} has no such model"
+            f"{name} is neither a file, a folder nor a model of timm {timm.__version__}"
             f"{nearest(name, timm.list_models())}."
         )
     try:

@@ -49,9 +49,7 @@ def load_official(task: str, path: str | Path | Checkpoint, *, strict: bool = Tr
     checkpoint = open_checkpoint(path)
     source, found = str(checkpoint.path if path is checkpoint else path), checkpoint.own()
     if found.task not in (None, name):
-        raise CheckpointError(
-            f"{source} holds a {found.kind}, which is a model for {found.task!r}; asked for was {task!r}."
-        )
+        raise CheckpointError(f"{source} holds a {found.kind}, which is a model for {found.task!r}, not for {task!r}.")
     model = build_model(
         name,
         found.read(strict),

@@ -163,7 +163,7 @@ def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
         found = f"the folder holds no {DESCRIPTION}, no {OPEN_CLIP}, and no {CONFIG} of transformers or timm"
     else:
         found = "nothing was found there" if not path.exists() else "it is no regular file"
-    raise CheckpointError(f"{source} was asked for, and {found}. {_GIVE}{run_folder_hint(path)}.")
+    raise CheckpointError(f"{source} is no checkpoint: {found}. {_GIVE}{run_folder_hint(path)}.")
 
 
 def _file(path: Path) -> Checkpoint:

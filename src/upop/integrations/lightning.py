@@ -91,9 +91,7 @@ class LightningCallback(Compressing, Callback):
     def _model_of(self, pl_module: LightningModule) -> nn.Module:
         model: Any = _called(pl_module) if self._module is None else getattr(pl_module, self._module, None)
         if not isinstance(model, nn.Module):
-            raise SettingError(
-                f"module={self._module!r} was asked for, and {type(pl_module).__name__} has no such module."
-            )
+            raise SettingError(f"module={self._module!r} names no module of {type(pl_module).__name__}.")
         return model
 
 

@@ -87,8 +87,8 @@ def check_depth(depth: object, progress: str = "stages") -> bool:
         raise SettingError(f"depth is True (whole branches and layers may go) or False; found {depth!r}.")
     if depth and progress == "soft":
         raise SettingError(
-            'depth=True was asked for, and a "soft" search compares attention and MLPs each among themselves, so that '
-            'no branch has a place in its ranking. Search in stages: progress="stages", which is the default.'
+            'depth=True needs a search in stages: a "soft" search ranks attention and MLPs separately, which leaves no '
+            'place for whole branches. Set progress="stages", the default.'
         )
     return depth
 
@@ -124,8 +124,8 @@ def branches_of(
             "attention whose heads stay"
         )
         warnings.warn(
-            f"depth=True and uniform='tower' were asked for, and {why.format(type(model).__name__)}: no layer goes "
-            "whole. Without uniform, branches may.",
+            f"depth=True with uniform='tower' prunes no whole layer: {why.format(type(model).__name__)}. Without "
+            "uniform, it may prune branches.",
             stacklevel=7,
         )
     return passing
@@ -220,8 +220,8 @@ def removable(model: nn.Module, groups: Sequence[Group], examples: Iterable[Any]
         break
     if shapes is None:
         raise SettingError(
-            f"depth=True was asked for, and nothing is known that {type(model).__name__} can be called with, to see "
-            "whether it runs without a branch. Pass example=... (a tensor, a tuple of arguments, or a mapping)."
+            "depth=True needs inputs, to see whether the model runs without a branch, and upop knows none for "
+            f"{type(model).__name__}. Pass example=... (a tensor, a tuple of arguments, or a mapping)."
         )
     copied, world = shapes.copy(), shapes
 
@@ -243,7 +243,7 @@ def removable(model: nn.Module, groups: Sequence[Group], examples: Iterable[Any]
     if not found:
         name, error = next(iter(why.items()))
         raise SettingError(
-            f"depth=True was asked for, and {type(model).__name__} runs without none of its {len(groups)} branches "
-            f"({name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}). Leave depth out."
+            f"depth=True finds no branch to prune: {type(model).__name__} fails without any one of its {len(groups)} "
+            f"branches ({name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}). Leave depth out."
         )
     return found

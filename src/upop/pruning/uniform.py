@@ -169,7 +169,7 @@ def to_keep_alike(
     if not towers:
         could = [group.name for group in every if any(group.name in tower.groups for tower in config.towers)]
         raise SettingError(
-            f"uniform='tower' was asked for, and {config.by} has no number for the sizes of {some_of(lacking, 4)}. "
+            f"uniform='tower' prunes nothing here: {config.by} has no number for the sizes of {some_of(lacking, 4)}. "
             + (
                 f"It has numbers for {some_of(could, 4)}: include all of these, or leave uniform out."
                 if could

@@ -30,14 +30,14 @@ def check_width(width: object, target: object, progress: str = "stages") -> bool
         )
     if width and target is None:
         raise SettingError(
-            "width=True was asked for with a ratio, the share of the summed costs of all groups; but the weights of a "
-            "residual stream are those of its heads and neurons too, and would be counted twice. Give what is left of "
-            "the whole model: target={'params': 0.5}."
+            "width=True needs a target, not a ratio: a ratio sums the costs of all groups, and would count weights "
+            "twice that belong to the residual stream and to a head or a neuron. Give what is left of the whole model: "
+            "target={'params': 0.5}."
         )
     if width and progress == "soft":
         raise SettingError(
-            'width=True was asked for, and norms cannot compute over channels that are half there, as a "soft" search '
-            'has them. Search in stages: progress="stages", which is the default.'
+            'width=True needs a search in stages: norms cannot compute over channels that a "soft" search has masked '
+            'in part. Set progress="stages", the default.'
         )
     return width
 
@@ -86,6 +86,5 @@ def refuse_no_stream(model: nn.Module, groups: Sequence[Group], skipped: Sequenc
     reasons = [f"{each.name}: {each.reason}" for each in skipped if names_stream(each.name)]
     why = "; ".join(reasons[:3]) or "no blocks add to one"
     raise LayoutError(
-        f"width=True was asked for, and no residual stream of {type(model).__name__} can be cut ({why}). Leave width "
-        "out."
+        f"width=True finds no residual stream of {type(model).__name__} that can be cut ({why}). Leave width out."
     )

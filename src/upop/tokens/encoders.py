@@ -246,8 +246,8 @@ def _listed(found: Mergeable, asked: int | Sequence[int]) -> tuple[int, ...]:
     removed = tuple(asked) if isinstance(asked, Sequence) else (asked,) * depth
     if len(removed) != depth or min(removed) < 0:
         raise SettingError(
-            f"vision={list(removed)} was asked for, and the encoder has {depth} layers. Give one number of at least 0 "
-            f"for all layers, or {depth} numbers."
+            f"vision is one number of at least 0 for all layers, or one for each of the encoder's {depth} layers; "
+            f"found {list(removed)}."
         )
     return removed
 

@@ -167,6 +167,6 @@ def _called(name: str, place: int) -> str:
 
 def _refused(model: nn.Module, why: str) -> SettingError:
     return SettingError(
-        f"A graph with cache was asked for of a {type(model).__name__}, but {why}. Export it without a cache, as one "
-        "call (cache=False, without --cache)."
+        f"upop cannot export a {type(model).__name__} with a cache: {why}. Export it without one, as one call "
+        "(cache=False, without --cache)."
     )

@@ -71,8 +71,8 @@ def read_description(folder: Path) -> Description:
     path = folder / FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} was asked for, and {_found(folder)}. Give a folder that upop.save wrote (a run keeps one under "
-            "best/)."
+            f"{folder} is no folder of upop: {_found(folder)}. Give a folder that upop.save wrote (a run keeps one "
+            "under best/)."
         )
     content = read_object(path, CheckpointError, "Write the model again.", nan=True)
     if content.get("format") != FORMAT:

@@ -37,7 +37,7 @@ def local_path(name: str | Path) -> Path:
         if path.exists() or isinstance(name, Path) or not is_hub_name(name):
             return path
     except OSError as error:  # a name that no file can have
-        raise CheckpointError(f"{name} was asked for: {error.strerror}. Check the path.") from error
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}. Check the path.") from error
     try:
         return Path(_snapshot(str(name), offline=True))
     except MissingLibraryError:
@@ -49,7 +49,7 @@ def local_path(name: str | Path) -> Path:
     except Exception as error:  # no network, no such name, no permission: each has its own class of error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name} was asked for: nothing was found there, and the hub gives no model of this name ({reason}). "
+            f"{name} is neither a path here nor a model that the hub gives ({reason}). "
             "Check the path or the name, and the network."
         ) from error
 

@@ -196,7 +196,7 @@ def _reading_safetensors(path: Path) -> Iterator[None]:
 
 def _nothing_there(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"Checkpoint {path} was asked for, and {'a folder' if path.is_dir() else 'nothing'} was found there. "
+        f"Checkpoint {path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}. "
         f"Give the path of a .pth or .safetensors file{run_folder_hint(path)}."
     )
 

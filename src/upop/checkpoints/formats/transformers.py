@@ -268,7 +268,7 @@ def _class_of(
     elif config.get("model_type") != expected:
         wrong = f"holds a model of type {shortened(config.get('model_type'))}"
     if wrong:
-        message = f"{folder} {wrong}; {found.__name__} (of type {expected!r}) was asked for."
+        message = f"{folder} {wrong}, not a {found.__name__} (of type {expected!r})."
         if strict:
             raise CheckpointError(f"{message} Load it as its own class, or fetch it again.")
         warnings.warn(message, stacklevel=4)
