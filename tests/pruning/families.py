@@ -60,6 +60,9 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             parameter.add_(0.3 * noise)
         else:
             parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+    for name, buffer in model.named_buffers():  # norms that a library freezes, of which some begin at 0
+        if name.rpartition(".")[2] in ("weight", "bias") and buffer.is_floating_point() and buffer.dim() == 1:
+            buffer.add_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def loss_of(outputs: Any) -> Tensor:
