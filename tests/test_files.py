@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import stat
@@ -322,6 +323,7 @@ def test_a_full_disk_is_told_whatever_the_writer_raises(small_disk: Path) -> Non
     with pytest.raises(RunFolderError, match=r"new\.txt cannot be written: No space left on device"):
         write_text(small_disk / "new.txt", "long " * 100_000)
     assert contents(small_disk) == before
+    gc.collect()  # files of writers that failed are open until then
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(RunFolderError, match="Read-only file system"):
         write_text(small_disk / "new.txt", "short")

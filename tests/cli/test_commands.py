@@ -244,10 +244,10 @@ def test_missing_data_is_named_where_nothing_is_set_up(
 @pytest.mark.parametrize(
     ("task", "flags", "described"),
     [
-        ("classification", (), "data_path is datasets/vision/imagenet, the default, looked for in"),
-        ("classification", ("--data-path", "mine"), "data_path is mine, looked for in"),
-        ("segmentation", (), "dataset_root is datasets/vision, the default, looked for in"),
-        ("retrieval", ("--set", "ann_root=mine"), "ann_root is mine, looked for in"),
+        ("classification", (), "data_path is datasets/vision/imagenet, the default, relative to"),
+        ("classification", ("--data-path", "mine"), "data_path is mine, relative to"),
+        ("segmentation", (), "dataset_root is datasets/vision, the default, relative to"),
+        ("retrieval", ("--set", "ann_root=mine"), "ann_root is mine, relative to"),
     ],
 )
 def test_missing_data_is_told_with_the_setting_that_names_its_folder(
@@ -275,4 +275,4 @@ def test_missing_images_of_a_data_set_are_told_with_its_default(
     monkeypatch.chdir(tmp_path)
     code, text = upop_command("train", "retrieval", "--config", config, "--output-dir", tmp_path / "run")
     assert code == 1
-    assert f"image_root is datasets/vision/coco, the default, looked for in {tmp_path}" in text
+    assert f"image_root is datasets/vision/coco, the default, relative to {tmp_path}" in text

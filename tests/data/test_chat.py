@@ -13,8 +13,8 @@ from PIL import Image
 from tokenizers import processors
 from torch import Tensor
 
+import chat_models
 import upop
-import vlms
 from tiers import mostly_slow
 from upop.data.chat import IGNORED, ChatFormat, Sample, conversation, prompts
 from upop.data.rows import Rows, read_rows
@@ -41,11 +41,11 @@ def labelled(format: ChatFormat, batch: dict[str, Tensor]) -> list[str]:
 
 
 def made(family: str, folder: Path) -> ChatFormat:
-    vlms.FAMILIES[family](folder)
+    chat_models.FAMILIES[family](folder)
     return ChatFormat(transformers.AutoProcessor.from_pretrained(folder), folder, 512)
 
 
-@pytest.mark.parametrize("family", mostly_slow(sorted(vlms.FAMILIES), "smolvlm", "llama"))
+@pytest.mark.parametrize("family", mostly_slow(sorted(chat_models.FAMILIES), "smolvlm", "llama"))
 def test_answers_alone_are_labels(family: str, tmp_path: Path) -> None:
     format = made(family, tmp_path / family)
     image = {"image": "1.png"} if format.takes_images else {}
@@ -117,7 +117,7 @@ def test_marks_of_images_in_questions(tmp_path: Path) -> None:
 
 
 def test_a_model_without_template(tmp_path: Path) -> None:
-    vlms.llama(tmp_path / "plain", template=None)
+    chat_models.llama(tmp_path / "plain", template=None)
     format = ChatFormat(transformers.AutoProcessor.from_pretrained(tmp_path / "plain"), tmp_path / "plain", 512)
     batch = batched(format, read(tmp_path, {"question": "What is it?", "answer": "red"}))
     assert format.tokenizer.decode(batch["input_ids"][0]) == "<s>User: What is it?\nAssistant: red</s>"

@@ -84,7 +84,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(DataError, match="empty"):
         load_clip_tokenizer(empty)
-    with pytest.raises(DataError, match="numbers 515 and 516"):
+    with pytest.raises(DataError, match="ids are 515 and 516"):
         load_clip_tokenizer(folder_of(tmp_path, [*words(), "late"]))
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):

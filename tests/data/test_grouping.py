@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from chat_models import llama
 from upop.data.grouping import IMAGE_TOKENS, ImageTokens, LengthSampler
 from upop.runs.devices import make_accelerator
 from upop.runs.loaders import make_loader, set_epoch
 from upop.tasks import find_task
 from upop.tasks.chat import ChatSettings
-from vlms import llama
 
 BATCH = 8
 

@@ -107,7 +107,7 @@ def test_a_set_that_is_there_is_left_as_it_is(generated: Summary):
 
 def test_another_generated_set_is_not_overwritten(generated: Summary):
     before = digests(generated.folder)
-    with pytest.raises(DataError, match="seed 7, asked 9; size 600, asked 601"):
+    with pytest.raises(DataError, match="seed 7, not 9; size 600, not 601"):
         write_shapes("nlvr", generated.folder, seed=9, size=601)
     assert digests(generated.folder) == before
 

@@ -251,5 +251,5 @@ def test_a_misspelt_task_gets_a_hint(tmp_path: Path):
 
 
 def test_sets_of_two_tasks_do_not_share_a_folder(sets: dict[str, Summary]):
-    with pytest.raises(DataError, match="task 'caption', asked 'retrieval'"):
+    with pytest.raises(DataError, match="task 'caption', not 'retrieval'"):
         write_shapes("retrieval", sets["caption"].folder, seed=4, size=SIZE)

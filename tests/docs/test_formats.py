@@ -89,5 +89,5 @@ def test_fields_of_files_are_named(run: Path) -> None:
 
 def test_numbers_that_the_page_tells() -> None:
     text = PAGE.read_text()
-    assert f"| {PreemptedError.exit_code} | the run was asked to end" in text
+    assert f"| {PreemptedError.exit_code} | the run received SIGTERM" in text
     assert f"The {len(read_recipes())} published runs are rows" in " ".join(text.split())

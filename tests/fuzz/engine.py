@@ -23,6 +23,7 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+from shared_kinds import FOLDER, share
 from together import FORKS
 from upop.errors import UPopError
 
@@ -179,6 +180,8 @@ def confined(folder: Path) -> list[str]:
     tempfile.tempdir = None
     sys.dont_write_bytecode = True
     warnings.simplefilter("ignore")
+    if FOLDER in os.environ:  # what is read of models here stays here
+        share(str(folder / "tmp"))
     return watch_what_is_touched(folder)
 
 

@@ -127,7 +127,7 @@ def test_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
             app(arguments)
         assert ended.value.code == 0
     shown, _, written = capsys.readouterr().out.partition("\n{")
-    assert "Coverage" in shown and "left alone, with a reason" in shown
+    assert "Coverage" in shown and "skipped, with a reason" in shown
     content = json.loads("{" + written)
     shares = content["coverage"]["shares"]
     assert sum(share["parameters"] for share in shares.values()) == content["parameters"]

@@ -12,8 +12,8 @@ import torch
 import transformers
 from PIL import Image
 
+import chat_models
 import upop
-import vlms
 from upop.checkpoints import open_checkpoint
 from upop.cli import main
 from upop.errors import DataError, MissingLibraryError, SettingError, UPopError
@@ -55,7 +55,7 @@ def settings(model: Path, data: Path, out: Path, **more: Any) -> ChatSettings:
 
 
 def test_compress_load_and_evaluate(tmp_path: Path) -> None:
-    model, data = vlms.smolvlm(tmp_path / "model"), rows(tmp_path / "data", images=True)
+    model, data = chat_models.smolvlm(tmp_path / "model"), rows(tmp_path / "data", images=True)
     results = compress(find_task("chat"), settings(model, data, tmp_path / "out"))
     assert results is not None
     dense, small = results.models
@@ -93,7 +93,11 @@ def test_wrong_inputs_are_answered(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows(Path("data"), images=False)
-    given = {"pretrained": str(vlms.llama(tmp_path / "model")), "data": "data/rows.jsonl", "output_dir": Path("out")}
+    given = {
+        "pretrained": str(chat_models.llama(tmp_path / "model")),
+        "data": "data/rows.jsonl",
+        "output_dir": Path("out"),
+    }
     changed = {name: f"data/{value}" if name == "data" and value else value for name, value in changed.items()}
     with pytest.raises(UPopError, match=said):
         compress(find_task("chat"), ChatSettings(num_workers=0, device="cpu", **{**given, **changed}))
@@ -103,7 +107,7 @@ def test_wrong_inputs_are_answered(
 def test_an_optimizer_that_is_not_installed_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("upop.runs.evaluation.evaluate", pytest.fail)
-    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
     with pytest.raises(
         MissingLibraryError, match=r"bitsandbytes, which is not installed. Run: pip install 'upop\[chat\]'"
     ):
@@ -118,7 +122,7 @@ def test_logits_alone_teach_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise SettingError("this is enough")
 
     monkeypatch.setattr("upop.runs.verbs.Compression", made)
-    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
     for weights, taught in (({"distill_logits": 1.0}, True), ({}, False)):
         with pytest.raises(SettingError, match="enough"):
             compress(find_task("chat"), settings(model, data, tmp_path / f"{taught}", distill=0.0, **weights))
@@ -154,7 +158,7 @@ def test_streaming_without_rows_is_refused() -> None:
 
 
 def test_answers_beyond_what_is_read_are_told(tmp_path: Path) -> None:
-    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
     short = settings(model, data, tmp_path / "none", max_tokens=8).as_evaluated()
     with pytest.raises(DataError, match=r"line 1: the answer lies beyond max_tokens \(8\).*all other evaluated rows"):
         evaluate_checkpoint(find_task("chat"), short)
@@ -169,7 +173,7 @@ def test_answers_beyond_what_is_read_are_told(tmp_path: Path) -> None:
 def test_prune_without_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
     command = ["upop", "prune", str(model), "--data", str(data), "--ratio", "0.4", "--out", str(tmp_path / "small")]
     monkeypatch.setattr("sys.argv", [*command, "--samples", "8", "--device", "cpu", "--set", "max_new_tokens=3"])
     with pytest.raises(SystemExit) as ended:
@@ -178,7 +182,7 @@ def test_prune_without_training(
     assert ended.value.code == 0 and "one-shot" in shown and "perplexity" in shown
     small = upop.load(tmp_path / "small")
     assert upop.count_parameters(small) < upop.count_parameters(upop.load(model))
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "small").chat_template == vlms.TURN
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "small").chat_template == chat_models.TURN
     card = (tmp_path / "small" / "README.md").read_text()
     assert "one-shot" in card and 'pipeline_tag: "text-generation"' in card
     monkeypatch.setattr("upop.tasks.prune.evaluate", lambda *_: pytest.fail("it is evaluated"))
@@ -202,7 +206,7 @@ def test_prune_without_training(
 def test_a_dry_run_says_what_it_takes_of_memory(
     verb: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
     words = [verb, "chat", "--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out")]
     more = ["--dry-run", "--epochs", "3", *(["--method", "one-shot"] if verb == "compress" else [])]
     monkeypatch.setattr("sys.argv", ["upop", *words, *more])
@@ -214,9 +218,9 @@ def test_a_dry_run_says_what_it_takes_of_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(vlms.FAMILIES))
+@pytest.mark.parametrize("family", sorted(chat_models.FAMILIES))
 def test_every_family_is_pruned_saved_loaded_and_writes_the_same(family: str, tmp_path: Path) -> None:
-    model = vlms.FAMILIES[family](tmp_path / "model")
+    model = chat_models.FAMILIES[family](tmp_path / "model")
     data = rows(tmp_path / "data", images=family != "llama")
     task = task_for(open_checkpoint(model))
     assert task.name == "chat"
@@ -235,18 +239,18 @@ def test_every_family_is_pruned_saved_loaded_and_writes_the_same(family: str, tm
 
 
 def test_towers_are_included_by_name(tmp_path: Path) -> None:
-    model = upop.load(vlms.smolvlm(tmp_path / "model"))
+    model = upop.load(chat_models.smolvlm(tmp_path / "model"))
     modalities = {name: group.modality for group in upop.find_groups(model) for name in [group.name]}
     for tower, modality in (("vision", "vision"), ("text", "text")):
         found = towers(model, [tower])
         assert found and {modalities[name] for name in found} == {modality}
     assert towers(model, []) is None
     with pytest.raises(SettingError, match="Its groups belong to text"):
-        towers(upop.load(vlms.llama(tmp_path / "words")), ["vision"])
+        towers(upop.load(chat_models.llama(tmp_path / "words")), ["vision"])
 
 
 def test_recovery_by_adapters_is_merged_and_resumed(tmp_path: Path) -> None:
-    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
     described = {"method": "one-shot", "lora": 2, "samples": 8, "epochs": 2, "examples": 0, "init_lr": 1e-2}
     whole = compress(find_task("chat"), settings(model, data, tmp_path / "whole", **described))
     assert whole is not None

@@ -70,7 +70,7 @@ def test_tokens_take_what_hurts_less_by_them() -> None:
 @pytest.mark.parametrize(
     ("target", "given", "described"),
     [
-        ({"params": 0.5}, {}, "names none"),
+        ({"params": 0.5}, {}, "does not limit them"),
         ({"macs": 0.01}, {"shares": (1.0,)}, "cannot be reached"),
         ({"macs": 0.5}, {"shares": (2.0,)}, "from 0 to 1"),
         ({"macs": 0.5}, {"count": 1}, "held_out"),
@@ -121,7 +121,7 @@ def test_the_first_process_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> N
     notes: list[str] = []
     share(model, Given("auto", {"macs": 0.6}), batches()[0][0], batches, loss, notes.append)
     assert removed_tokens(model) == [[7, 7]]
-    assert "tokens take 50%" in notes[0]
+    assert "token merging saves 50%" in notes[0]
 
 
 @pytest.mark.parametrize("name", mostly_slow(["caption", "nlvr", "retrieval", "segmentation", "vqa"], "caption"))

@@ -86,7 +86,7 @@ def _other_word(folder: Path) -> None:
     [
         (_other_weight, ["pretrained: the content of its files has changed"]),
         (_other_label, ["the train data: the content of the annotation file nlvr_train.json changed"]),
-        (_other_pixels, ["data: the content of images changed"]),
+        (_other_pixels, ["of images changed"]),
         (_other_word, ["tokenizer: the content of its files has changed"]),
         (lambda folder: (_other_weight(folder), _other_label(folder)), ["pretrained: ", "nlvr_train.json"]),
     ],
@@ -110,12 +110,12 @@ def test_what_is_different_is_named_and_refused(
 def test_other_libraries_are_named_refused_or_allowed_and_noted(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.0.1" if name == "timm" else version(name))
-    with pytest.raises(SettingError, match=rf"timm was {version('timm')}, and is 0\.0\.1"):
+    with pytest.raises(SettingError, match=rf"timm was {version('timm')} and is 0\.0\.1"):
         go_on(copied)
     go_on(copied, allow_changes=True)
     noted = json.loads((copied / "run" / "versions.json").read_text())["changes"]
     assert [set(each) for each in noted] == [{"step", "changed"}]
-    change = f"timm was {version('timm')}, and is 0.0.1"
+    change = f"timm was {version('timm')} and is 0.0.1"
     assert noted[0]["changed"] == [change]
     assert change in (copied / "run" / "best" / "README.md").read_text()
     assert any(change in note for note in read_run(copied / "run").missing)

@@ -108,9 +108,9 @@ def test_what_is_on_already_is_not_advised(config: Path, tmp_path: Path) -> None
 
 def test_an_evaluation_that_does_not_fit_names_its_own_settings(config: Path, tmp_path: Path) -> None:
     _, settings = runs.nlvr(config, output_dir=tmp_path)
-    with pytest.raises(OutOfMemoryError, match=r"lower batch_size_test \(now 48\), which changes no result"):
+    with pytest.raises(OutOfMemoryError, match=r"Lower batch_size_test \(now 48\), which changes no result"):
         evaluate_checkpoint(_Greedy(predicting=True), settings)
-    with pytest.raises(OutOfMemoryError, match="It is evaluated"):
+    with pytest.raises(OutOfMemoryError, match="happened in an evaluation"):
         compress(_Greedy(predicting=True), settings)
 
 
