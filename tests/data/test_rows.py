@@ -32,6 +32,24 @@ def lines(folder: Path, *rows: Any) -> Path:
     return file
 
 
+def packed(path: Path, **files: bytes) -> Path:
+    """Write a shard; the names of files are given with "_" for the dot."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name.replace("_", "."))
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def shard(folder: Path) -> Path:
+    files: dict[str, bytes] = {}
+    for number in range(2):
+        files[f"{number:04}_png"] = (folder / f"{number}.png").read_bytes()
+        files[f"{number:04}_json"] = json.dumps({"about": f"shape {number}"}).encode()
+    return packed(folder / "shard.tar", **files)
+
+
 ASKED = {"from": "human", "value": "<image>\nWhich colour?"}
 SAID = {"from": "gpt", "value": "red"}
 
@@ -66,8 +84,23 @@ def test_conversations_in_texts_and_columns_of_shards(folder: Path) -> None:
     said = json.dumps([{"role": "user", "content": "<image>Same?"}, {"role": "assistant", "content": "no"}])
     (found,) = read_rows(lines(folder, {"messages": said, "image": "1.png"}))
     assert found.turns == (Turn("user", (IMAGE, "Same?")), Turn("assistant", ("no",)))
+    (found,) = read_rows(lines(folder, {"messages": said, "images": '["1.png"]'}))
+    assert found.open_images()[0].getpixel((0, 0)) == (1, 0, 0)
     inner = {"jpg": "0.png", "json": {"question": "Which?", "answer": "a"}}
     assert read_rows(lines(folder, inner))[0].answers == ("a",)
+
+
+def test_an_image_stands_for_the_video_that_it_is_of(folder: Path) -> None:
+    (found,) = read_rows(lines(folder, {"image": "0.png", "caption": "a", "video": "clip 7"}))
+    assert found.captions == ("a",) and len(found.images) == 1
+
+
+def test_a_shard_of_videos_is_refused(folder: Path) -> None:
+    said = json.dumps({"conversations": [ASKED, SAID]}).encode()
+    packed(folder / "videos.tar", **{"0_mp4": b"film", "0_json": said})
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="row 0: it has a video, and images alone are read"):
+            read_rows(folder / "videos.tar", streaming=streaming, limit=1)
 
 
 def test_images_without_marks_stand_first(folder: Path) -> None:
@@ -90,20 +123,6 @@ def test_questions_captions_labels_and_texts(folder: Path) -> None:
     again = read_rows(lines(folder, {"image": "0.png", "label": "dog"}), classes=labelled.names)
     assert again[0].label == 1
     assert read_rows(lines(folder, {"text": "alone"}), kinds=("text",))[0].text == "alone"
-
-
-def shard(folder: Path) -> Path:
-    path = folder / "shard.tar"
-    with tarfile.open(path, "w") as tar:
-        for number in range(2):
-            for name, content in (
-                (f"{number:04}.png", (folder / f"{number}.png").read_bytes()),
-                (f"{number:04}.json", json.dumps({"about": f"shape {number}"}).encode()),
-            ):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-    return path
 
 
 def test_formats_of_datasets(folder: Path) -> None:
@@ -147,6 +166,8 @@ WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"image": "0.png", "label": 2}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
     ([{"image": "0.png", "label": "cat"}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
     ([{"video": "a.mp4", "conversations": [ASKED, SAID]}], {}, "line 1: it has a video, and images alone"),
+    ([{"Video": "a.mp4", "conversations": [ASKED, SAID]}], {}, "line 1: it has a video, and images alone"),
+    ([{"json": {"video": "a.mp4", "conversations": [ASKED, SAID]}}], {}, "line 1: it has a video, and images alone"),
     ([{"messages": "hello"}], {}, "must be a list of turns"),
     ([], {}, "holds no rows"),
 ]

@@ -169,6 +169,33 @@ def test_blocks_of_one_forward_are_cut_to_different_widths(tmp_path: Path) -> No
     assert [group.channel for group in groups] == ["dimension"] * 3
 
 
+class ParallelLoop(nn.Module):
+    """Blocks of one forward, each of which takes attention and neurons apart by the numbers of `Parallel`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Parallel() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            *kinds, hidden = block.into(x).split([WIDTH, WIDTH, WIDTH, HIDDEN], dim=-1)
+            q, k, v = (each.view(*x.shape[:2], HEADS, SIZE).transpose(1, 2) for each in kinds)
+            attended = F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).reshape(x.shape)
+            x = x + block.out(torch.cat([attended, F.gelu(hidden)], -1))
+        return x
+
+
+def test_one_block_of_a_forward_is_cut_in_its_attention_and_another_in_its_neurons() -> None:
+    torch.manual_seed(0)
+    model, example = ParallelLoop().eval(), torch.randn(2, 5, WIDTH)
+    found = upop.find_groups(model, example)
+    heads, neurons = ([group for group in found if group.channel == kind] for kind in ("dimension", "neuron"))
+    assert len(heads) == len(neurons) == 2
+    upop.shrink(model, {heads[0].name: range(SIZE - 1), neurons[1].name: range(5)}, verify=example)
+    inner = [block.into.out_features for block in model.blocks]
+    assert inner == [3 * HEADS * (SIZE - 1) + HIDDEN, 3 * WIDTH + 5]
+
+
 class TrainingAlone(nn.Module):
     """Runs in training mode alone, with statistics of the batch."""
 

@@ -30,7 +30,8 @@ from upop.sources import Sources
 
 _MOST_CLASSES = 100_000
 _LONGEST_PATH = 4096
-_VIDEOS = ("video", "videos")
+_VIDEOS = ("video", "videos", "mp4", "webm", "mov", "avi", "mkv")
+"""Names of cells with videos: columns, and extensions in shards of WebDataset."""
 _INNER_TEXTS = ("answer", "text", "caption", "raw", "value")
 
 
@@ -186,10 +187,10 @@ class Rows(Dataset[Row]):
         at, named = _At(self.table.place(number)), self.columns.named
         found: dict[str, Any] = {"source": self.table.source, "number": number, "place": at.place, "kind": self.kind}
         column = named.get("image")
-        if any(cells.get(name) for name in _VIDEOS):
-            raise at.error("it has a video, and images alone are read. Leave such rows out, or give images of it.")
         held = column is not None and self.table.stored(column)
-        images: Sequence[Any] = [] if column is None or (light and held) else _listed(_cell(cells, column))
+        images: Sequence[Any] = [] if column is None or (light and held) else _listed(_parsed(_cell(cells, column)))
+        if not images and _has_video(cells) and not (held and _listed(_cell(self.table.row(number), column or ""))):
+            raise at.error("it has a video, and images alone are read. Leave such rows out, or give images of it.")
         if not images and self.kind in ("caption", "label") and not (light and held):
             raise at.error(f"the column {column!r} holds no image.")
         if self.kind == "messages":
@@ -325,8 +326,14 @@ def _cell(cells: Mapping[str, Any], column: str) -> Any:
     return _cell(outer, inner) if inner and isinstance(outer, Mapping) else None
 
 
+def _has_video(cells: Mapping[str, Any]) -> bool:
+    inner = cells.get("json")
+    found = {**(inner if isinstance(inner, Mapping) else {}), **cells}
+    return any(value and name.lower() in _VIDEOS for name, value in found.items())
+
+
 def _parsed(value: Any) -> Any:
-    """Return what a cell holds that is JSON in a text, as tables without nested cells write conversations."""
+    """Return what a cell holds that is JSON in a text, as tables without nested cells write lists."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
             return parse_json(value)

@@ -271,8 +271,9 @@ class _Hosted(Table):
         self._features = data.features
         held = [name for name, feature in data.features.items() if _images(feature)]
         with _explained(source):
-            for name in held:
-                data = data.cast_column(name, undecoded(data.features[name]))
+            for name, feature in data.features.items():
+                if (plain := undecoded(feature)) != feature:
+                    data = data.cast_column(name, plain)
         self._data = data
         self._held = frozenset(held)
         self._light = self._data.remove_columns(held) if held else self._data
@@ -342,11 +343,11 @@ class _Streamed(_Hosted):
 
 
 def undecoded(features: Any) -> Any:
-    """Return features of `datasets` with decoding of images turned off, also in nested ones."""
+    """Return features of `datasets` with decoding of images, videos and sound turned off, also in nested ones."""
     import datasets
 
-    if isinstance(features, datasets.Image):
-        return datasets.Image(decode=False)
+    if isinstance(features, datasets.Image | datasets.Video | datasets.Audio):
+        return type(features)(decode=False)
     if isinstance(features, dict):
         changed = {name: undecoded(feature) for name, feature in features.items()}
         return datasets.Features(changed) if isinstance(features, datasets.Features) else changed

@@ -103,10 +103,10 @@ class _Widths(TorchFunctionMode):
         if not isinstance(sizes, int):
             rank, count = (tensor.dim(), dim % tensor.dim()), len(sizes)
             pieces = [self._pieces.get((*rank, old, place, count), [old]) for place, old in enumerate(sizes)]
-            for group in range(max(map(len, pieces)) if sum(sizes) != tensor.shape[dim] else 0):
-                cut = [each[min(group, len(each) - 1)] for each in pieces]
-                if sum(cut) == tensor.shape[dim]:
-                    return cut
+            if sum(sizes) != tensor.shape[dim]:
+                for cut in _cuts(sizes, pieces):
+                    if sum(cut) == tensor.shape[dim]:
+                        return cut
         ratio = self._ratio(tensor, dim)
         if ratio is None:
             return sizes
@@ -143,6 +143,25 @@ def numbers_of(key: str) -> list[str]:
 def _given(args: tuple[Any, ...]) -> Any:
     """Return the sizes of a call, which are given one by one or together."""
     return args[1] if isinstance(args[1], tuple | list) else args[1:]
+
+
+def _cuts(sizes: Sequence[int], pieces: Sequence[list[int]]) -> list[list[int]]:
+    """Return the lengths that the pieces of a split may have after the cut, the likeliest first.
+
+    Args:
+        sizes: the lengths before the cut.
+        pieces: of every piece, its lengths in each of the groups that were cut.
+    """
+    found = [[each[min(group, len(each) - 1)] for each in pieces] for group in range(max(map(len, pieces)))]
+    ways: list[list[int]] = [[]]  # of other groups each, or of none; pieces of the same groups go together
+    kinds = [(old, *each) for old, each in zip(sizes, pieces, strict=True)]
+    for place, kind in enumerate(kinds):
+        first = kinds.index(kind)
+        if first < place:
+            ways = [[*way, way[first]] for way in ways]
+        else:
+            ways = [[*way, size] for way in ways for size in dict.fromkeys((*kind[1:], kind[0]))]
+    return found + ways
 
 
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
