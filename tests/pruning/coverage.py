@@ -40,6 +40,8 @@ compared once more. `make test-all` does that for all of them, `make test` for s
   `upop.shrink(model, plan, verify=inputs)` proves the cut on your inputs, as it does on others without them.
 
 """
+_DRAWS = 16
+"""Plans that are tried, until the inputs run all groups."""
 _CHANNELS = {"dimension": "dimensions", "head": "heads", "group": "groups", "neuron": "neurons"}
 
 
@@ -76,9 +78,13 @@ def examine(architecture: Architecture) -> Examined:
     model = architecture.build(dtype)
     inputs = architecture.batch(model, dtype)
     found = upop.find_prunable(model)
-    groups, plan = list(found.groups), uneven_plan(found.groups, 1)
+    groups = list(found.groups)
     with torch.random.fork_rng():
-        masked, idle = _masked(architecture, model, inputs, plan)
+        for seed in range(1, 1 + _DRAWS):  # the few neurons that are kept may all be asleep
+            plan = uneven_plan(groups, seed)
+            masked, idle = _masked(architecture, model, inputs, plan)
+            if not idle:
+                break
         upop.shrink(model, plan)
         for (way, context), expected in zip(architecture.ways(model), masked, strict=True):
             with context:

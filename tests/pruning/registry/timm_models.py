@@ -107,7 +107,7 @@ TIMM: tuple[Architecture, ...] = (
         "gcvit",
         models.gcvit.GlobalContextVit,
         64,
-        **_FOUR,
+        **{**_FOUR, "depths": (2, 2, 2, 2)},  # every second block alone reads the global queries
         img_size=64,
         embed_dim=16,
         num_heads=(2, 2, 2, 4),
