@@ -463,7 +463,8 @@ def vlms() -> str:
     def name_of(row: Row) -> str:
         if row["how"] == "one-shot":
             return f"one-shot, {'all towers' if row['towers'] == 'all' else 'language tower'}"
-        return f"upop, {row['epochs']} epochs, taught by {row['teacher']}"
+        teacher = "no teacher" if row["teacher"] == "nobody" else f"teacher: {row['teacher']}"
+        return f"upop, {row['epochs']} epochs, {teacher}"
 
     def line(name: str, target: str, parameters: int, found: list[Row]) -> list[str]:
         def shown(metric: str, digits: int) -> str:
