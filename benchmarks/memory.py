@@ -158,7 +158,7 @@ def real(case: Case, counts: Sequence[int]) -> dict[str, dict[int, int]]:
 
 def _peaks(case: Case, model: nn.Module, counts: Sequence[int]) -> dict[str, dict[int, int]]:
     if isinstance(model, BlipRetrieval):
-        model._described = True  # a warning about the batch would look at its content
+        model._warned = True  # a warning about the batch would look at its content
     found: dict[str, dict[int, int]] = {}
     for name, (amp, checkpointed) in sorted(WAYS.items(), key=lambda way: way[1][1]):  # it is not taken back
         if checkpointed:
