@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def test_cross_tokens_go_along_behind_the_others_and_lead_what_is_merged() -> No
     assert not torch.allclose(led[:, 0], plain[:, 0])
     model.visual_encoder(batch()["images"])[:, 0, 0].sum().backward()
     assert model.visual_encoder.blocks[0].cross_token.grad.any()
+
+
+def test_a_copy_of_a_cut_model_with_cross_tokens_is_saved(tmp_path: Path) -> None:
+    """With one head left, a copy is read as one with dimensions to cut, and its plan is of heads."""
+    model = captioner().eval()
+    attention = "visual_encoder.blocks.0.attn"
+    (size,) = {group.size for group in upop.find_groups(model) if group.name == attention}
+    upop.shrink(model, {attention: range(size // 2)})
+    upop.save(copy.deepcopy(model), tmp_path / "copy")
+    with torch.no_grad():
+        torch.testing.assert_close(upop.load(tmp_path / "copy").eval()(**batch()), model(**batch()))
 
 
 def test_the_loss_of_cross_tokens_teaches_them_and_nothing_else() -> None:

@@ -195,7 +195,7 @@ def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
     planned = {} if plan is None else {name: _planned(model, plan.slices, name) for name in plan.slices}
     true = {name: each for name, each in planned.items() if each is not None and each.size == len(kept.get(name, ()))}
     planned_axes = {axis for each in true.values() for axis in _axes(each)}
-    # After a cut to as many heads as dimensions, only the plan says which of the two a channel is.
+    # After a cut to few heads or dimensions, only the plan says which of the two a channel is.
     groups = tuple(
         true[group.name] if group.name in true and _kind(true[group.name]) != _kind(group) else group
         for group in found.groups
@@ -292,5 +292,5 @@ def _axes(group: Group) -> set[tuple[str, int]]:
     return {(part.tensor, part.dim) for part in group.slices if not part.gaps}
 
 
-def _kind(group: Group) -> tuple[str, int]:
-    return group.channel, group.heads
+def _kind(group: Group) -> tuple[str, int, int]:
+    return group.channel, group.heads, group.size
