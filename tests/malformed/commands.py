@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "inspect of an empty folder": ("inspect {folder}", "{folder}"),
     "inspect of a text": ("inspect {text}", "text.txt"),
     "inspect of an unknown name": ("inspect vit_smal_patch16_224", "vit_small_patch16_224"),
-    "inspect of a name too long": (f"inspect {LONG}", "no such file or folder"),
+    "inspect of a name too long": (f"inspect {LONG}", "neither a file, a folder nor a model of timm"),
     "inspect with an unknown task": ("inspect {text} --task nlvrr", "nlvrr"),
     "inspect with a ratio of one": ("inspect {model} --ratio 1", "ratio"),
     "inspect with a ratio that is NaN": ("inspect {model} --ratio nan", "ratio"),
