@@ -304,9 +304,10 @@ def _computed(function: Importance, parameter: Tensor, gradient: Tensor, dim: in
     elif dim or weight.dim() > 2:
         weight, gradient = (value.movedim(dim, 0).flatten(1) for value in (weight, gradient))
     rows = function(weight, gradient)
-    if rows.shape != weight.shape[:1]:
+    shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    if shape != [len(weight)]:
         raise SettingError(
-            f"importance={getattr(function, '__name__', function)} returned {list(rows.shape)} for a weight of "
+            f"importance={getattr(function, '__name__', function)} returned {shape} for a weight of "
             f"{list(weight.shape)}. Return one score per row, [{len(weight)}]; channels with high scores are pruned "
             "first."
         )
