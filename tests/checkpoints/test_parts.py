@@ -124,3 +124,11 @@ def test_a_model_of_timm_in_a_module_of_ones_own(tmp_path: Path) -> None:
         expected = model[0](images)
         assert torch.equal(read_back(model[0], tmp_path / "trunk")(images), expected)
         assert torch.equal(read_back(model[0], tmp_path / "trunk", trunk)(images), expected)
+
+
+def test_a_part_that_merges_tokens_says_that_its_folder_does_not(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = nn.Sequential(made(lambda: timm.create_model("vit_tiny_patch16_224", **sizes)), nn.Identity())
+    upop.merge_tokens(model, 2, example=torch.randn(1, 3, 32, 32))
+    with pytest.warns(UserWarning, match="VisionTransformer is a part of a model that merges tokens"):
+        upop.save(model[0], tmp_path / "trunk")

@@ -40,6 +40,7 @@ from upop.pruning.traits import momentum_encoders
 from upop.pruning.words import library_of, true_class
 from upop.pruning.written import as_json
 from upop.tokens.encoders import removed_tokens
+from upop.tokens.layer import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +90,7 @@ def save(
     kind = kind_of(model)
     _refuse_meta(model)
     _warn_masked(model, groups)
+    _warn_merging(model)
     dense = _dense_sizes(model, groups, given)
     in_transformers = is_pretrained(model) and _is_its_own(model)
     plain = in_transformers and _mark(model) and plan is not None
@@ -230,6 +232,17 @@ def _warn_masked(model: nn.Module, groups: Sequence[Group]) -> None:
         warnings.warn(
             f"{type(model).__name__} is still masked, and masks are not saved: the dense model is written. Call the "
             "Pruner's shrink() first, or save its state_dict() too.",
+            stacklevel=3,
+        )
+
+
+def _warn_merging(model: nn.Module) -> None:
+    """Warn for a part of a model that merges tokens: the record of merging lies with the whole."""
+    merging = any(place_of(layer) is not None for layer in model.modules())
+    if merging and removed_tokens(model) is None and kind_of(model) is None:
+        warnings.warn(
+            f"This {type(model).__name__} is a part of a model that merges tokens, and is saved without merging. Save "
+            "the whole model, or call upop.merge_tokens on the part once it is loaded.",
             stacklevel=3,
         )
 
