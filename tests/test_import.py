@@ -126,7 +126,7 @@ def test_the_method_needs_torch_alone() -> None:
         pytest.param(
             ("accelerate",),
             "train nlvr",
-            "This command needs accelerate, which is not installed. Run: pip install 'upop[tasks]'",
+            "needs accelerate, which is not installed. Run: pip install 'upop[tasks]'",
             marks=pytest.mark.slow,
         ),
     ],
