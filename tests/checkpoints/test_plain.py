@@ -135,7 +135,7 @@ def test_what_differs_by_layer_gets_a_record_as_before(tmp_path: Path) -> None:
     assert model.config.quantization_config["kept"] == {"layers.0.mlp": (20, 48), "layers.1.mlp": (24, 48)}
     upop.save(model, tmp_path / "model")
     described = (tmp_path / "model" / "README.md").read_text()
-    assert "| transformers, without upop | after an export | `upop export FOLDER --to padded`" in described
+    assert "| transformers, without upop | after an export | `upop export FOLDER --to padded --out OUT`" in described
     assert "import upop  # lets transformers read" in described
 
 

@@ -233,7 +233,7 @@ def runtimes(description: Mapping[str, Any]) -> Sequence[Row]:
         description: the content of `upop.json`.
     """
     plain = bool(description.get("plain"))
-    how = "`upop export FOLDER --to onnx`, `--to openvino` or `--to torch-export`"
+    how = "`upop export FOLDER --to onnx --out OUT`, `--to openvino` or `--to torch-export`"
     graphs = ("onnxruntime, OpenVINO, torch.export", "after an export", how)
     ours = ("Python with upop", "yes", "`upop.load(FOLDER)`")
     if description["transformers"]:
@@ -242,7 +242,7 @@ def runtimes(description: Mapping[str, Any]) -> Sequence[Row]:
         if plain:
             how = '`timm.create_model("local-dir:FOLDER", pretrained=True)`; the arguments are in `config.json`'
             return [("timm, without upop", "yes", how), ours, graphs]
-        padded = "`upop export FOLDER --to padded`: its layers differ in size, and timm has one number for all"
+        padded = "`upop export FOLDER --to padded --out OUT`: its layers differ in size; timm has one number for all"
         return [ours, ("timm, without upop", "after an export", padded), graphs]
     if description["model"]:
         form = "`upop convert FOLDER NEW --to hugging-face`, where it has a class for the task"
@@ -272,11 +272,11 @@ def _in_transformers(plain: bool) -> Sequence[Row]:
             "yes, where upop is installed",
             "`--trust_remote_code`: `configuration_upop.py` here imports upop",
         ),
-        ("transformers, without upop", "after an export", f"`upop export FOLDER --to padded`; {uneven}"),
+        ("transformers, without upop", "after an export", f"`upop export FOLDER --to padded --out OUT`; {uneven}"),
         (
             SERVERS,
             "after an export",
-            "`upop export FOLDER --to padded`; a decoder like Llama also with `--to nemotron-nas`, layer by layer",
+            "`upop export FOLDER --to padded --out OUT`; a decoder like Llama also `--to nemotron-nas`, by layer",
         ),
     ]
 
