@@ -149,9 +149,12 @@ def _with_share(plan: Plan | None, share: Plan, path: str) -> Plan:
 
 def _renamed(plan: Plan, names: Mapping[str, str], change: Callable[[str], str | None]) -> Plan:
     """Return what a plan says of some groups, under other names."""
-    slices = {
-        new: {**renamed(plan.slices[name], change), "name": new} for name, new in names.items() if name in plan.slices
-    }
+    slices = {}
+    for name, new in names.items():
+        try:
+            slices[new] = {**renamed(plan.slices[name], change), "name": new}
+        except (AttributeError, KeyError, TypeError):  # damaged or unknown, as in `_owners`: who reads it says so
+            continue
     kept = {new: plan.kept[name] for name, new in names.items()}
     return Plan(kept, {new: plan.sizes[name] for name, new in names.items()}, plan.settings, slices)
 
