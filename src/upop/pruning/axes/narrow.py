@@ -104,7 +104,10 @@ class _Widths(TorchFunctionMode):
             rank, count = (tensor.dim(), dim % tensor.dim()), len(sizes)
             pieces = [self._pieces.get((*rank, old, place, count), [old]) for place, old in enumerate(sizes)]
             if sum(sizes) != tensor.shape[dim]:
-                for cut in _cuts(sizes, pieces):
+                for cut in _cuts_together(pieces):
+                    if sum(cut) == tensor.shape[dim]:
+                        return cut
+                for cut in _cuts_apart(sizes, pieces):  # there are many, so they are made where the others do not fit
                     if sum(cut) == tensor.shape[dim]:
                         return cut
         ratio = self._ratio(tensor, dim)
@@ -145,15 +148,23 @@ def _given(args: tuple[Any, ...]) -> Any:
     return args[1] if isinstance(args[1], tuple | list) else args[1:]
 
 
-def _cuts(sizes: Sequence[int], pieces: Sequence[list[int]]) -> list[list[int]]:
-    """Return the lengths that the pieces of a split may have after the cut, the likeliest first.
+def _cuts_together(pieces: Sequence[list[int]]) -> list[list[int]]:
+    """Return the lengths that the pieces of a split have after the cut, if all were cut by groups of one block.
+
+    Args:
+        pieces: of every piece, its lengths in each of the groups that were cut.
+    """
+    return [[each[min(group, len(each) - 1)] for each in pieces] for group in range(max(map(len, pieces)))]
+
+
+def _cuts_apart(sizes: Sequence[int], pieces: Sequence[list[int]]) -> list[list[int]]:
+    """Return the same if every piece was cut by any group, or by none; pieces of the same groups go together.
 
     Args:
         sizes: the lengths before the cut.
-        pieces: of every piece, its lengths in each of the groups that were cut.
+        pieces: as above.
     """
-    found = [[each[min(group, len(each) - 1)] for each in pieces] for group in range(max(map(len, pieces)))]
-    ways: list[list[int]] = [[]]  # of other groups each, or of none; pieces of the same groups go together
+    ways: list[list[int]] = [[]]
     kinds = [(old, *each) for old, each in zip(sizes, pieces, strict=True)]
     for place, kind in enumerate(kinds):
         first = kinds.index(kind)
@@ -161,7 +172,7 @@ def _cuts(sizes: Sequence[int], pieces: Sequence[list[int]]) -> list[list[int]]:
             ways = [[*way, way[first]] for way in ways]
         else:
             ways = [[*way, size] for way in ways for size in dict.fromkeys((*kind[1:], kind[0]))]
-    return found + ways
+    return ways
 
 
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
