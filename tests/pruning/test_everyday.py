@@ -14,7 +14,6 @@ import upop
 from pruning import by_hand
 from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built
 from pruning.test_hand_written import HIDDEN, SIZE, check
-from upop.errors import LayoutError
 from upop.pruning.duplicates import duplicate
 
 
@@ -197,26 +196,51 @@ def test_one_block_of_a_forward_is_cut_in_its_attention_and_another_in_its_neuro
 
 
 class TrainingAlone(nn.Module):
-    """Runs in training mode alone, with statistics of the batch."""
+    """Runs in training mode alone, where it drops neurons and takes statistics of the batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.norm, self.down = nn.Linear(WIDTH, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             raise NotImplementedError("training alone")
-        return x + self.down(F.relu(self.norm(self.up(x))))
+        return x + self.down(self.drop(F.relu(self.norm(self.up(x)))))
 
 
-def test_what_runs_in_training_mode_alone_is_read_by_a_function_that_calls_it_so() -> None:
-    torch.manual_seed(0)
-    model, batch = TrainingAlone(), torch.randn(16, WIDTH)
-    with pytest.raises(LayoutError, match=r"training alone\. It runs in training mode alone: give a function"):
-        upop.find_prunable(model, batch)
-    pruner = upop.Pruner(model, 0.5, 2, example=lambda model: model.train()(batch), correct=False)
+class Around(nn.Module):
+    """Runs a part that runs in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TrainingAlone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def cut_by_search(model: nn.Module, batch: Tensor) -> None:
+    pruner = upop.Pruner(model, 0.5, 2, correct=False)
     for _ in range(2):
-        model(batch).square().mean().backward()
+        model.train()(batch).square().mean().backward()
         pruner.step()
     pruner.shrink()
-    assert model.up.out_features == model.norm.num_features == model.down.in_features < HIDDEN
+    assert all(module.training for module in model.modules())
+
+
+def cut_by_batches(model: nn.Module, batch: Tensor) -> None:
+    upop.calibrate(model, [batch] * 2, 0.5, loss=lambda model, batch: model(batch).square().mean(), correct=False)
+
+
+@pytest.mark.parametrize("cut", [cut_by_search, cut_by_batches])
+def test_what_runs_in_training_mode_alone_is_cut_without_its_dropout(cut: Callable[[nn.Module, Tensor], None]) -> None:
+    torch.manual_seed(0)
+    model, batch = Around(), torch.randn(16, WIDTH)
+    found = upop.find_prunable(model, batch)
+    assert [group.name for group in found.groups] == ["inner"], found.skipped
+    cut(model, batch)
+    inner = model.inner
+    assert inner.up.out_features == inner.norm.num_features == inner.down.in_features < HIDDEN
+    with pytest.raises(NotImplementedError):
+        model.eval()(batch)

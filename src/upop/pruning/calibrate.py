@@ -20,7 +20,7 @@ from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_correct, check_whole, chosen, refuse_unscored
 from upop.pruning.correction import Choice, correct_consumers
-from upop.pruning.costs import Cost, call, channel_costs, evaluating
+from upop.pruning.costs import Cost, call, channel_costs, evaluating, runs_in_training
 from upop.pruning.dense import Dense
 from upop.pruning.deprecated import renamed_arguments
 from upop.pruning.depth import branches_of, check_depth
@@ -327,7 +327,11 @@ def first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:
     device = next(model.parameters()).device
     try:
         with evaluating(model), buffers_kept(model), random_numbers_kept(device):
-            tried(partial(loss, model, batch), "loss(model, batch)", batch)
+            try:
+                tried(partial(loss, model, batch), "loss(model, batch)", batch)
+            except Exception:
+                if not runs_in_training(model, lambda model: loss(model, batch)):
+                    raise
     finally:
         first.release()
     return first.kept or Kept(model, lambda other: loss(other, batch))

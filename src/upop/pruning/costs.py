@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,15 +94,61 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode without gradients, and restore the mode of every module."""
+    """Run the block in evaluation mode without gradients, and restore the mode of every module; see `evaluated`."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    evaluated(model)
     try:
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+Training = Literal["itself", "parts"]
+"""What of a model is in training mode where it does not run otherwise: itself alone, or all but the layers of torch."""
+_in_training: weakref.WeakKeyDictionary[type[nn.Module], Training] = weakref.WeakKeyDictionary()
+
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """Put a model into evaluation mode; return it.
+
+    If its class is known to run in training mode alone, only that stays so which needs it: no layer of torch drops
+    anything, or takes statistics of a batch.
+    """
+    model.eval()
+    way = next((_in_training[kind] for kind in type(model).__mro__ if kind in _in_training), None)
+    return model if way is None else _partly_training(model, way)
+
+
+def _partly_training(model: nn.Module, way: Training) -> nn.Module:
+    for module in model.modules():
+        module.training = module is model or (way == "parts" and not _is_layer_of_torch(type(module)))
+    return model
+
+
+def _is_layer_of_torch(kind: type[nn.Module]) -> bool:
+    """Whether a class is a layer of torch, or derived from one; containers are none."""
+    homes = (each.__module__ for each in kind.__mro__ if each is not nn.Module)
+    return any(home.startswith("torch.nn.modules.") and home != nn.Sequential.__module__ for home in homes)
+
+
+def runs_in_training(model: nn.Module, run: Callable[[nn.Module], Any]) -> bool:
+    """Whether a model that fails in evaluation mode runs in training mode; if so, that is remembered of its class.
+
+    Args:
+        model: its modes change.
+        run: calls it.
+    """
+    ways: tuple[Training, ...] = ("itself", "parts")
+    for way in ways:
+        try:
+            run(_partly_training(model.eval(), way))
+        except Exception:  # the model's own
+            continue
+        _in_training[type(model)] = way
+        return True
+    return False
 
 
 def count_macs(model: nn.Module, inputs: Any) -> int:

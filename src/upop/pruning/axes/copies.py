@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from upop.pruning.again import held_anywhere, uncompiled
 from upop.pruning.axes.mode import Mode, defined, leaves_in, tensors_in
-from upop.pruning.costs import call
+from upop.pruning.costs import call, evaluated, runs_in_training
 from upop.pruning.duplicates import duplicate
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import tensor_of
@@ -94,7 +94,7 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     duplicated = duplicate(model, memo)
     unmask(duplicated)
-    return duplicated.eval()
+    return evaluated(duplicated)
 
 
 def _share(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -144,6 +144,7 @@ class Shapes:
         model: the model to copy.
         example: what a call of it is given.
         numbers: whether to fall back to real numbers if the forward depends on them.
+        training: whether to fall back to training mode if the forward does not run in evaluation mode.
         run: False skips the check that the forward runs without numbers.
 
     Attributes:
@@ -154,28 +155,36 @@ class Shapes:
         LayoutError: the model cannot be run with the example.
     """
 
-    def __init__(self, model: nn.Module, example: Any, *, numbers: bool = True, run: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, example: Any, *, numbers: bool = True, training: bool = True, run: bool = True
+    ) -> None:
         self._model, self._given = model, example
         self._tensors: dict[int, Tensor] = {}
         self.read: set[str] = set()
         self.silent: set[str] = set()
         self.mode: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
         self.example = self._example()
-        error = self._raises() if run else None
+        error, faked = self._raises() if run else None, self.mode
         if error is not None and numbers and _is_small(model):  # what depends on numbers has no shape without them
             self.mode = None
             self.example = self._example()
             error = self._raises()
+        if error is not None and training and self._trains(faked):
+            error = None
         if error is not None:
-            way = "Give what a call of the model takes: a tensor, a tuple of arguments, or a mapping of keywords."
-            if self._raises(training=True) is None:
-                way = (
-                    "It runs in training mode alone: give a function that calls it so (example=lambda model: "
-                    "model.train()(batch)), for verify= too, or let it run in evaluation mode."
-                )
             raise LayoutError(
-                f"{type(model).__name__} cannot be run with the example: {message_of(error)}. {way}"
+                f"{type(model).__name__} cannot be run with the example: {message_of(error)}. Give what a call of the "
+                "model takes: a tensor, a tuple of arguments, or a mapping of keywords."
             ) from error
+
+    def _trains(self, faked: FakeTensorMode | None) -> bool:
+        """Whether the model runs in training mode, on fake tensors or else as the last try was."""
+        for mode in dict.fromkeys((faked, self.mode)):
+            self.mode = mode
+            self.example = self._example()
+            if runs_in_training(self.copy(), self._call):
+                return True
+        return False
 
     def _example(self) -> Any:
         mode = self.mode
@@ -186,16 +195,18 @@ class Shapes:
             self._given,
         )
 
-    def _raises(self, *, training: bool = False) -> Exception | None:
-        duplicated = self.copy().train(training)
-        reading = _Reading(duplicated)
+    def _raises(self) -> Exception | None:
         try:
-            with self.running(), torch.no_grad(), reading:
-                call(duplicated, self.example)
+            self._call(self.copy())
         except Exception as error:
             return error
-        self.read = reading.read
         return None
+
+    def _call(self, duplicated: nn.Module) -> None:
+        reading = _Reading(duplicated)
+        with self.running(), torch.no_grad(), reading:
+            call(duplicated, self.example)
+        self.read = reading.read
 
     def copy(self) -> nn.Module:
         """Return a copy; fake tensors are shared by all copies, since a run cannot change them."""

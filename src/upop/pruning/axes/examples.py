@@ -82,7 +82,7 @@ def _found(model: nn.Module) -> Any:
         tries -= 1
         example = placed(model, given)
         try:
-            shapes = Shapes(model, example if not path else Calls((path,), (example,)))
+            shapes = Shapes(model, example if not path else Calls((path,), (example,)), training=False)
         except LayoutError as failure:
             error = error or failure
             continue

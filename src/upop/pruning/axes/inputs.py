@@ -209,7 +209,7 @@ def _pieces(model: nn.Module, seen: Inputs) -> int:
 
     if hasattr(model, "get_image_features"):
         with suppress(LayoutError):
-            Shapes(model, asked)
+            Shapes(model, asked, training=False)
     return counted[-1] if counted else 0
 
 
