@@ -184,15 +184,15 @@ class ParallelLoop(nn.Module):
         return x
 
 
-def test_one_block_of_a_forward_is_cut_in_its_attention_and_another_in_its_neurons() -> None:
+def test_blocks_that_one_forward_splits_alike_are_cut_in_one_kind_of_their_pieces() -> None:
     torch.manual_seed(0)
     model, example = ParallelLoop().eval(), torch.randn(2, 5, WIDTH)
-    found = upop.find_groups(model, example)
-    heads, neurons = ([group for group in found if group.channel == kind] for kind in ("dimension", "neuron"))
-    assert len(heads) == len(neurons) == 2
-    upop.shrink(model, {heads[0].name: range(SIZE - 1), neurons[1].name: range(5)}, verify=example)
+    found = upop.find_prunable(model, example)
+    assert [group.channel for group in found.groups] == ["dimension"] * 2
+    assert [each.reason for each in found.skipped if "same sum" in each.reason], found.skipped
+    upop.shrink(model, {group.name: range(SIZE - 1 - at) for at, group in enumerate(found.groups)}, verify=example)
     inner = [block.into.out_features for block in model.blocks]
-    assert inner == [3 * HEADS * (SIZE - 1) + HIDDEN, 3 * WIDTH + 5]
+    assert inner == [3 * HEADS * (SIZE - 1) + HIDDEN, 3 * HEADS * (SIZE - 2) + HIDDEN]
 
 
 class TrainingAlone(nn.Module):

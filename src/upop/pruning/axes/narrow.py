@@ -104,10 +104,7 @@ class _Widths(TorchFunctionMode):
             rank, count = (tensor.dim(), dim % tensor.dim()), len(sizes)
             pieces = [self._pieces.get((*rank, old, place, count), [old]) for place, old in enumerate(sizes)]
             if sum(sizes) != tensor.shape[dim]:
-                for cut in _cuts_together(pieces):
-                    if sum(cut) == tensor.shape[dim]:
-                        return cut
-                for cut in _cuts_apart(sizes, pieces):  # there are many, so they are made where the others do not fit
+                for cut in _cuts(pieces):
                     if sum(cut) == tensor.shape[dim]:
                         return cut
         ratio = self._ratio(tensor, dim)
@@ -143,36 +140,25 @@ def numbers_of(key: str) -> list[str]:
     return key.partition("#")[0].split(".")
 
 
+def piece_of(key: str) -> tuple[tuple[int, ...], int] | None:
+    """Return the calls that a key of `WIDTHS` is of, and the place of its piece in them; None if it is of no piece."""
+    kind, *numbers = numbers_of(key)
+    rank, dim, _, place, count = map(int, numbers) if kind == "piece" else (0,) * 5
+    return ((rank, dim, count), place) if kind == "piece" else None
+
+
 def _given(args: tuple[Any, ...]) -> Any:
     """Return the sizes of a call, which are given one by one or together."""
     return args[1] if isinstance(args[1], tuple | list) else args[1:]
 
 
-def _cuts_together(pieces: Sequence[list[int]]) -> list[list[int]]:
-    """Return the lengths that the pieces of a split have after the cut, if all were cut by groups of one block.
+def _cuts(pieces: Sequence[list[int]]) -> list[list[int]]:
+    """Return the lengths that the pieces of a split have after the cut, for each block that may run.
 
     Args:
         pieces: of every piece, its lengths in each of the groups that were cut.
     """
     return [[each[min(group, len(each) - 1)] for each in pieces] for group in range(max(map(len, pieces)))]
-
-
-def _cuts_apart(sizes: Sequence[int], pieces: Sequence[list[int]]) -> list[list[int]]:
-    """Return the same if every piece was cut by any group, or by none; pieces of the same groups go together.
-
-    Args:
-        sizes: the lengths before the cut.
-        pieces: as above.
-    """
-    ways: list[list[int]] = [[]]
-    kinds = [(old, *each) for old, each in zip(sizes, pieces, strict=True)]
-    for place, kind in enumerate(kinds):
-        first = kinds.index(kind)
-        if first < place:
-            ways = [[*way, way[first]] for way in ways]
-        else:
-            ways = [[*way, size] for way in ways for size in dict.fromkeys((*kind[1:], kind[0]))]
-    return ways
 
 
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:

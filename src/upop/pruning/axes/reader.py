@@ -17,8 +17,9 @@ from upop.pruning.axes.components import components
 from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.examples import Calls
 from upop.pruning.axes.obstacles import obstacle, obstacles
+from upop.pruning.axes.settle import told_apart
 from upop.pruning.axes.trace import Trace, WrittenError
-from upop.pruning.axes.tried import Proof
+from upop.pruning.axes.tried import Proof, told_by_sums
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Group, Skipped, Slice
@@ -61,6 +62,7 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
             lost += wrong.items()
             beaten = {id(rival) for each in better for rival in rivals[each.group.name]}
             proved = [each for each in proved if id(each) not in beaten] + better
+    proved = told_apart(told_by_sums(proved, proof.alike))
     barred = obstacles(model, {part.tensor for each in proved for part in each.group.slices})
     skipped = [each for each in skipped if each.reason not in barred.values()]
     skipped = [*(Skipped(name, reason.removeprefix(f"{name} ")) for name, reason in barred.items()), *skipped]
@@ -72,6 +74,7 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
     skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
     cut = {part.tensor for each in proved for part in each.group.slices}
     skipped = [each for each in skipped if not _whole(model, each.name, cut)]
+    skipped += [Skipped(name, reason) for name, reason in proof.alike.items()]
     places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     groups = sorted(
         (replace(each.group, proved=True) for each in proved),

@@ -11,6 +11,7 @@ from torch import nn
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, numbered
 from upop.pruning.axes.kinds import counterpart, idle, kinds, unread
+from upop.pruning.axes.narrow import WIDTHS, piece_of
 from upop.pruning.axes.proof import Bench, at_random, prove, scaled
 from upop.pruning.axes.reasons import explain
 from upop.pruning.axes.settle import Trials, mistakable, settle, told_apart
@@ -35,10 +36,14 @@ class Proof:
         example: what a call of it is given.
         shapes: makes copies on fake tensors.
         trace: of a run on fake tensors.
+
+    Attributes:
+        alike: group name -> why it was left out though it was proved (`told_by_sums`).
     """
 
     def __init__(self, model: nn.Module, example: Any, shapes: Shapes, trace: Trace) -> None:
         self._model, self._example, self._shapes, self._trace = model, example, shapes, trace
+        self.alike: dict[str, str] = {}
 
     def of(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
         """Return the proved candidates; `wrong` collects the reasons for the others, by group name."""
@@ -59,7 +64,7 @@ class Proof:
                 everyone += [best, *(counterpart(self._model, best, each) for each in others)]
             else:
                 wrong.update({each.group.name: wrong[first.group.name] for each in others})
-        everyone = told_apart(everyone)
+        everyone = told_apart(told_by_sums(everyone, self.alike))
         if len(everyone) == len(proved):
             return everyone
         small = self._trace.multiply_adds <= MOST_MULTIPLY_ADDS
@@ -152,3 +157,33 @@ class Proof:
             if 2 * dtype.itemsize * count <= MOST_MEMORY:
                 return Bench(numbered(model, dtype, without, tensors), self._example, rests if resting else None)
         return None
+
+
+def told_by_sums(candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
+    """Leave out groups of which a split into several lengths could be taken for that of another block.
+
+    Where one forward runs several blocks, what such a call gets tells which of them it is for by its length alone:
+    pieces of 2 and 4 look like pieces of 4 and 2. Of the groups that one call takes apart, the largest stay.
+
+    Args:
+        candidates: that are proved.
+        wrong: group name -> why it was left out; filled in.
+    """
+    calls: dict[tuple[Any, ...], dict[str, set[int]]] = {}
+    for each in candidates:
+        for attribute in each.group.attributes:
+            found = piece_of(attribute.name[len(WIDTHS) + 1 : -1]) if attribute.name.startswith(WIDTHS) else None
+            if found is not None:
+                calls.setdefault((attribute.module, found[0]), {}).setdefault(each.group.name, set()).add(found[1])
+    sizes = {each.group.name: sum(part.length(each.group.size) for part in each.group.slices) for each in candidates}
+    lost: set[str] = set()
+    for groups in calls.values():
+        kinds: dict[frozenset[int], list[str]] = {}
+        for name, places in groups.items():
+            kinds.setdefault(frozenset(places), []).append(name)
+        if len(kinds) > 1 and sum(map(len, groups.values())) > len(set().union(*groups.values())):
+            largest = max(kinds.values(), key=lambda names: sum(sizes[name] for name in names))
+            lost |= groups.keys() - set(largest)
+    reason = "one forward splits it for several blocks, and pieces of other blocks may have the same sum"
+    wrong.update({name: reason for name in sizes if name in lost})
+    return [each for each in candidates if each.group.name not in lost]
