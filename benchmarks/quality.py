@@ -7,6 +7,7 @@ seeds decide the order of the training samples and all draws.
 
     python benchmarks/quality.py --workers 2             # go on where it was stopped; then the tables
     python benchmarks/quality.py --levers --split val    # what was tried instead of the default
+    python benchmarks/quality.py --parts --split val     # what may go: heads, neurons, branches, the residual width
     python benchmarks/quality.py --table                 # only the tables of what is there
 
 Every cell is written to FOLDER/quality_cells.jsonl as soon as it is measured, and is not measured again. Choices were
@@ -31,7 +32,7 @@ import torch
 from rich.console import Console
 
 from dense_tasks import FOLDER, one_of, prepare
-from quality_methods import DEFAULT, LEVERS, METHODS, Bench, compress
+from quality_methods import DEFAULT, LEVERS, METHODS, PARTS, Bench, compress
 from quality_tables import aggregate, figure, tables
 from quality_torch_pruning import UnsupportedError
 from upop import count_macs, count_parameters
@@ -45,7 +46,9 @@ from upop.report.figures import save_figure
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("classification", "vqa", "nlvr", "caption", "retrieval-clip")
 RATIOS = {"4x": 0.75, "2x": 0.5, "3x": 2 / 3, "10x": 0.9}
-"""The share of the prunable cost that goes, in the order in which cells are measured."""
+"""The share of the prunable cost (of all parameters, if the cost is "model") that goes, in measuring order."""
+SETS = {"methods": METHODS, "levers": LEVERS, "parts": PARTS}
+_DEFAULT_COSTS = {"methods": ["params", "flops"], "levers": ["params"], "parts": ["params", "model"]}
 GENERATING = ("caption", "vqa")
 """Tasks whose evaluation takes long; on these --test-samples holds."""
 ONE_MODALITY = ("classification",)
@@ -62,7 +65,7 @@ class Cell:
         method: name in METHODS or LEVERS, or "dense".
         reduction: name in RATIOS; "1x" of the dense model.
         budget: training steps in all.
-        cost: what is equal: "params" or "flops".
+        cost: what is equal: "params" or "flops"; "model" counts all parameters of the model.
         seed: of order and draws.
         split: "val" or "test".
         batch: samples per step.
@@ -85,11 +88,11 @@ class Cell:
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
     """Return the cells that the command line asks for, such that those that say most come first."""
     middle = arguments.middle
-    methods = LEVERS if arguments.levers else METHODS
+    methods = SETS[arguments.what]
     names = arguments.methods or [*methods]
-    budgets = [middle] if arguments.levers else sorted(arguments.steps, key=lambda steps: (steps != middle, -steps))
-    costs = ["params"] if arguments.levers else arguments.costs
-    reductions = arguments.reductions or (["4x"] if arguments.levers else [*RATIOS])
+    levers = arguments.what == "levers"
+    budgets = [middle] if levers else sorted(arguments.steps, key=lambda steps: (steps != middle, -steps))
+    reductions = arguments.reductions or (["4x"] if levers else [*RATIOS])
 
     def cell(task: str, method: str, reduction: str, budget: int, cost: str, seed: int) -> Cell:
         scored = arguments.test_samples if task in GENERATING else None
@@ -97,8 +100,8 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
         return Cell(task, method, reduction, budget, cost, seed, *given)
 
     cells = [cell(task, "dense", "1x", 0, "params", 0) for task in arguments.tasks]
-    for seed, reduction, cost in itertools.product(range(arguments.seeds), reductions, costs):
-        for budget, task, name in itertools.product(budgets if cost == "params" else [middle], arguments.tasks, names):
+    for seed, reduction, cost in itertools.product(range(arguments.seeds), reductions, arguments.costs):
+        for budget, task, name in itertools.product([middle] if cost == "flops" else budgets, arguments.tasks, names):
             needless = methods[name].per_modality and task in ONE_MODALITY
             # A method with a cost of its own belongs into one table, at its true size.
             if not needless and (methods[name].cost is None or cost == "params"):
@@ -151,7 +154,7 @@ def measure(cell: Cell, folder: Path, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {**asdict(cell), "metric": dense.task.metric}
     model = dense.model
     if cell.method != "dense":
-        method = {**METHODS, **LEVERS}[cell.method]
+        method = next(found[cell.method] for found in SETS.values() if cell.method in found)
         try:
             made = compress(bench, method, RATIOS[cell.reduction], cell.budget, cell.seed, cell.cost)  # type: ignore[arg-type]
         except UnsupportedError as error:
@@ -212,12 +215,13 @@ def _work(cell: Cell) -> int:
 
 def _relevant(rows: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows that belong into the tables: all of this split and setup, whatever part was asked for now."""
-    names = {"dense", *(LEVERS if arguments.levers else METHODS)}
+    names = {"dense", *SETS[arguments.what]}
     setup = arguments.split, arguments.batch, arguments.pool
     return [
         row
         for row in rows
         if row["method"] in names
+        and row["cost"] in ("params", *_DEFAULT_COSTS[arguments.what])
         and (row["split"], row["batch"], row["pool"]) == setup
         and row["scored"] in (None, arguments.test_samples)
     ]
@@ -228,13 +232,15 @@ def main(given: Sequence[str] | None = None) -> None:
     score_captions_of_shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", type=one_of(TASKS), default=[*TASKS], help=f"of {', '.join(TASKS)}")
-    names = f"of {', '.join(METHODS)}; with --levers of {', '.join(LEVERS)}".replace("%", "%%")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=names)
-    parser.add_argument("--levers", action="store_true", help="variants of the default instead of methods")
-    parser.add_argument("--reductions", nargs="+", choices=[*RATIOS], help="default: all; 4x of levers")
-    parser.add_argument(
-        "--costs", nargs="+", choices=["params", "flops"], default=["params", "flops"], help="what is equal"
+    names = "; ".join(f"{'' if what == 'methods' else f'with --{what} '}of {', '.join(SETS[what])}" for what in SETS)
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=names.replace("%", "%%"))
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--levers", dest="what", action="store_const", const="levers", default="methods", help="variants of the default"
     )
+    other.add_argument("--parts", dest="what", action="store_const", const="parts", help="what may go")
+    parser.add_argument("--reductions", nargs="+", choices=[*RATIOS], help="default: all; 4x of levers")
+    parser.add_argument("--costs", nargs="+", choices=["params", "flops", "model"], help="what is equal")
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 100, 300], help="the budgets")
     parser.add_argument(
         "--middle", type=int, help="the budget of levers, GMACs and the figure; default: the middle one of --steps"
@@ -249,16 +255,17 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     parser.add_argument("--figure", type=Path, help="a PNG of quality against size at the middle budget")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="data, dense models and the store of cells")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of quality[_levers][_val]_cpu.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of quality[_levers|_parts][_val]_cpu.json")
     arguments = parser.parse_args(given)
     arguments.middle = arguments.middle or sorted(arguments.steps)[len(arguments.steps) // 2]
-    unknown = [name for name in arguments.methods or () if name not in (LEVERS if arguments.levers else METHODS)]
+    arguments.costs = arguments.costs or _DEFAULT_COSTS[arguments.what]
+    unknown = [name for name in arguments.methods or () if name not in SETS[arguments.what]]
     if unknown:
-        parser.error(f"--methods does not take {unknown[0]!r} {'with' if arguments.levers else 'without'} --levers")
+        parser.error(f"--methods does not take {unknown[0]!r} of these sets: {names}")
     torch.set_num_threads(1)
     store = Store(arguments.folder / "quality_cells.jsonl")
     failed = 0 if arguments.table else run(arguments, store)
-    methods = [*(LEVERS if arguments.levers else METHODS)]
+    methods = [*SETS[arguments.what]]
     groups = aggregate(_relevant(store.rows, arguments))
     order = ["dense", *methods]
     groups.sort(
@@ -267,7 +274,7 @@ def main(given: Sequence[str] | None = None) -> None:
     place = "cpu" if arguments.device == "cpu" else "gpu"
     parts = [
         "quality",
-        *(["levers"] if arguments.levers else []),
+        *([] if arguments.what == "methods" else [arguments.what]),
         *(["val"] if arguments.split == "val" else []),
         place,
     ]
@@ -285,7 +292,7 @@ def main(given: Sequence[str] | None = None) -> None:
         console.print(table)
     if arguments.figure:
         # One of another size in every point only fills the image.
-        drawn = [name for name in methods if arguments.levers or METHODS[name].cost is None]
+        drawn = [name for name in methods if SETS[arguments.what][name].cost is None]
         save_figure(figure(groups, drawn, arguments.middle), arguments.figure)
     if failed:
         raise SystemExit(f"{failed} cells failed; the same command tries them again.")

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 import upop
 from dense_tasks import DenseTask
 from quality_torch_pruning import UnsupportedError, plan_by_torch_pruning
+from upop import count_parameters
+from upop.errors import SettingError
 from upop.pruning import plan_by_magnitude
+from upop.pruning.costs import channel_costs
 from upop.pruning.errors import StepError
 from upop.runs.devices import to_device
 from upop.runs.loaders import make_loader
 
-Cost = Literal["params", "flops", "reference"]
+Cost = Literal["params", "flops", "reference", "model"]
 Cut = Literal["search", "magnitude", "taylor", "calibrate", "torch-pruning l2", "torch-pruning taylor"]
 
 _FEWEST = 16
@@ -51,6 +54,7 @@ class Method:
         teacher: options of `upop.distill`; the dense model then teaches in all steps. None has no teacher.
         fading: what the teacher says counts for less from step to step, and for nothing in the end.
         cost: counts this instead of the cost that the table is about.
+        kinds: of the groups that are searched; None searches all.
     """
 
     cut: Cut = "search"
@@ -64,6 +68,7 @@ class Method:
     teacher: Mapping[str, Any] | None = None
     fading: bool = False
     cost: Cost | None = None
+    kinds: tuple[str, ...] | None = None
 
 
 _PUBLISHED = {"progress": "soft", "importance": "signed"}
@@ -110,6 +115,19 @@ LEVERS: dict[str, Method] = {
     "calibrate first": Method("calibrate", stages=8),
 }
 """The default, and what was tried in its place; all that is not about the teacher is tried without one."""
+PARTS: dict[str, Method] = {
+    DEFAULT: _TAUGHT,
+    "attention alone": Method(teacher={}, kinds=("attention",)),
+    "MLPs alone": Method(teacher={}, kinds=("mlp",)),
+    "depth": Method(teacher={}, pruner={"depth": True}),
+    "width": Method(teacher={}, pruner={"width": True}),
+    "width alone": Method(teacher={}, pruner={"width": True}, kinds=("residual",)),
+    "depth and width": Method(teacher={}, pruner={"depth": True, "width": True}),
+    "taught, 16 stages": Method(teacher={}, stages=16),
+    "taught, search 25 %": Method(teacher={}, share=0.25),
+    "depth, search 25 %": Method(teacher={}, share=0.25, pruner={"depth": True}),
+}
+"""What may go, and how long the search for it takes; all have the teacher."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ def compress(bench: Bench, method: Method, ratio: float, steps: int, seed: int, 
     Args:
         bench: model and data.
         method: how.
-        ratio: share of the prunable cost to remove.
+        ratio: share to remove: of the prunable cost, or of all parameters if the cost is "model".
         steps: in all, at least 3.
         seed: of the order of the samples and of all draws.
         cost: what a channel costs, unless the method says another one.
@@ -197,10 +215,15 @@ def compress(bench: Bench, method: Method, ratio: float, steps: int, seed: int, 
     budget: dict[str, Any] = {"cost": method.cost or cost}
     if budget["cost"] == "flops":
         budget["example"] = dense.example()
+    elif budget["cost"] == "model":
+        budget = {"target": {"params": round(1 - ratio, 4)}}
+    elif method.kinds or method.pruner.get("depth") or method.pruner.get("width"):
+        # Of the same size as what loses heads and neurons alone: a ratio of other groups is another number of them.
+        budget = {"target": {"params": _left(model, ratio)}}
     run = _Run(bench, model, batches, steps, method)
     if method.cut == "search":
         first = search_steps(steps, method.share)
-        run.search(first, ratio, budget)
+        run.search(first, None if "target" in budget else ratio, budget)
     else:
         first = run.cut_at_start(ratio, budget)
     run.train(first, steps)
@@ -208,6 +231,13 @@ def compress(bench: Bench, method: Method, ratio: float, steps: int, seed: int, 
         run.teacher.remove()
     rates = tuple(run.rate(step) for step in range(steps))
     return Compressed(model, clock() - begun, first, (rates[0], max(rates), rates[-1]))
+
+
+def _left(model: nn.Module, ratio: float) -> int:
+    """Return the number of parameters of a model that lost a share of its heads and neurons."""
+    groups = upop.find_groups(model)
+    costs = channel_costs(model, groups, "params")
+    return round(count_parameters(model) - ratio * sum(costs[group.name] * group.size for group in groups))
 
 
 def retrain(bench: Bench, model: nn.Module, steps: int, seed: int) -> nn.Module:
@@ -246,9 +276,10 @@ class _Run:
         if self.method.teacher is not None:
             self.teacher = upop.distill(self.model, copy.deepcopy(self.bench.dense.model), **self.method.teacher)
 
-    def search(self, steps: int, ratio: float, budget: Mapping[str, Any]) -> None:
+    def search(self, steps: int, ratio: float | None, budget: Mapping[str, Any]) -> None:
         """Train for so many steps while searching, then cut."""
-        method, groups = self.method, upop.find_groups(self.model)
+        method = self.method
+        groups = upop.find_groups(self.model, width=bool(method.pruner.get("width")))
         options = {**budget, **method.pruner}
         parts = method.updates or method.stages
         if parts:
@@ -256,8 +287,12 @@ class _Run:
         modalities = sorted({group.modality for group in groups}) if method.per_modality else [None]
         pruners = []
         for modality in modalities:
-            names = [group.name for group in groups if modality in (None, group.modality)]
-            pruners.append(upop.Pruner(self.model, ratio, steps, include=names, **options))
+            own = [group for group in groups if modality in (None, group.modality)]
+            names = [group.name for group in own if method.kinds is None or group.kind in method.kinds]
+            try:
+                pruners.append(upop.Pruner(self.model, ratio, steps, include=names, **options))
+            except SettingError as error:  # so little is left of no such part
+                raise UnsupportedError(str(error)) from error
         self.train(0, steps, pruners)
         kept = {name: channels for pruner in pruners for name, channels in pruner.plan().items()}
         for pruner in pruners:

@@ -21,6 +21,7 @@ VARIANTS = ("no teacher", "no progress", "per modality")
 """Methods that are the default but for one part of it; who is ahead of other methods, and of these, is said apart."""
 _SAME = 1.02
 """Sizes may differ by so much and still count as equal."""
+_EQUAL = {"params": "parameters", "flops": "GMACs", "model": "parameters of the whole model"}
 _COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#444444", "#8a8a8a", "#B0B000")
 
 
@@ -101,7 +102,7 @@ def tables(groups: Sequence[Mapping[str, Any]], methods: Sequence[str], default:
         columns = {task: [group for group in chosen if group["task"] == task] for task in names}
         size = "macs" if cost == "flops" else "parameters"
         headers = [_header(task, columns[task] or [dense.get(task, {})], dense.get(task), size) for task in names]
-        title = f"{reduction} at equal {'GMACs' if cost == 'flops' else 'parameters'}, {budget} steps"
+        title = f"{reduction} at equal {_EQUAL[cost]}, {budget} steps"
         table = Table("", *headers)
         best = {
             task: max((g["mean"] for g in of_equal_size(column, default)), default=None)
