@@ -119,6 +119,11 @@ class RunSettings(Checked):
     profile: Path | None = Field(
         None, description="what `upop profile` measured of the model, for a target such as latency=0.5 or latency=12ms"
     )
+    vocabulary: Path | None = Field(
+        None,
+        description="a compression first removes all words that this file does not use: texts, one per line, or a JSON "
+        "list of token ids; a target of parameters counts them as removed",
+    )
     method: Literal["upop", "reference", "magnitude", "one-shot"] = Field(
         "upop",
         description="reference: as published; magnitude and one-shot: one cut, by weight norm or by first-order terms",

@@ -209,6 +209,13 @@ Width = Annotated[
     bool | None,
     typer.Option("--width", help="Also prune channels of residual streams; requires a --target.", show_default=False),
 ]
+Vocabulary = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="First remove all words that these texts (one per line) or token ids (a JSON list) do not use.",
+    ),
+]
 Resume = Annotated[
     ResumeWhen | None,
     typer.Option(

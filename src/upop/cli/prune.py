@@ -55,6 +55,7 @@ def prune(
     uniform: o.Uniform = None,
     depth: o.Depth = None,
     width: o.Width = None,
+    vocabulary: o.Vocabulary = None,
     round_to: Annotated[
         str | None, typer.Option("--round-to", metavar="N", help="Round kept channels to multiples of this.")
     ] = None,

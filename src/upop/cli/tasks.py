@@ -99,6 +99,7 @@ def compress(
     uniform: o.Uniform = None,
     depth: o.Depth = None,
     width: o.Width = None,
+    vocabulary: o.Vocabulary = None,
     interval: o.Interval = None,
     method: o.Method = None,
     w_sp_attn: o.SparsityAttention = None,

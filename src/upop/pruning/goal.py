@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from upop.pruning import budget
+from upop.pruning.beforehand import lost_parameters
 from upop.pruning.budget import Ranking, Selection
 from upop.pruning.choice import check_ratio
 from upop.pruning.counting import Quantity, Sizes, parameters_of
@@ -18,7 +19,7 @@ from upop.pruning.errors import SettingError
 from upop.pruning.groups import Group
 from upop.pruning.latency import Latency, Profile
 from upop.pruning.round_to import RoundTo, channels_in_block, format_round_to
-from upop.pruning.targets import Limit, Target, format_target, quantity_of, read_target
+from upop.pruning.targets import Limit, Target, format_target, lost_before, quantity_of, read_target
 from upop.pruning.uniform import Tower, removable_blocks, together
 from upop.pruning.width import streams_among
 
@@ -36,11 +37,19 @@ class Bound:
         limit: as requested.
         quantity: the count that it limits.
         most: the largest allowed count of the whole model.
+        dense: the count before anything went, with what the model lost before the search.
     """
 
     limit: Limit
     quantity: Quantity | Latency
     most: float
+    dense: float
+
+    @classmethod
+    def of(cls, limit: Limit, quantity: Quantity | Latency, model: nn.Module) -> Bound:
+        """Return the limit for a model, whose share counts what the model lost before the search."""
+        dense = quantity.whole + (lost_before(limit, model))
+        return cls(limit, quantity, limit.most(dense), dense)
 
     def after(self, part: float) -> float:
         """Return the allowed count at a progress in [0, 1]."""
@@ -77,6 +86,7 @@ class Goal:
         self._bounds: tuple[Bound, ...] = ()
         self._whole = 0.0
         self._parameters: Quantity | None = None
+        self._lost = 0
         self._towers: Sequence[Tower] = ()
         self._depth = NONE
         self._profile = profile
@@ -116,6 +126,7 @@ class Goal:
         """
         self._whole = sum(costs[group.name] * group.size for group in groups)
         self._parameters = parameters_of(model, groups)
+        self._lost = lost_parameters(model)
         self._towers = towers
         reach = _Reach(groups, round_to, towers, branches, _share_of_words(model))
         if self.ratio is not None:
@@ -124,9 +135,14 @@ class Goal:
             self._depth = Depth(dict.fromkeys(branches, 0.0), costs)
             return
         found = [(limit, quantity_of(limit, model, groups, example, self._profile)) for limit in self.limits]
-        self._bounds = tuple(Bound(limit, each, limit.most(each.whole)) for limit, each in found)
+        self._bounds = tuple(Bound.of(limit, each, model) for limit, each in found)
         if all(bound.most >= bound.quantity.whole for bound in self._bounds):
-            have = " and ".join(f"{_number(bound.quantity.whole)} {bound.limit.words}" for bound in self._bounds)
+            have = " and ".join(
+                _number(bound.quantity.whole)
+                + (f" of {_number(bound.dense)}" if bound.dense > bound.quantity.whole else "")
+                + f" {bound.limit.words}"
+                for bound in self._bounds
+            )
             raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
         self.asked_share = max(reach.check(bound) for bound in self._bounds)
         self._depth = self._priced(groups, costs, branches)
@@ -257,15 +273,15 @@ class Goal:
 
     def described(self, kept: Sizes) -> dict[str, Any]:
         """Return plan settings: the goal, and the counts of the model after a cut to these sizes."""
-        counted: dict[str, tuple[str, Quantity | Latency, dict[str, str]]] = {}
+        counted: dict[str, tuple[str, float, Quantity | Latency, dict[str, str]]] = {}
         if self._parameters is not None:
-            counted["params"] = ("parameters", self._parameters, {})
+            counted["params"] = ("parameters", self._parameters.whole + self._lost, self._parameters, {})
         for bound in self._bounds:
             kind = "bytes" if bound.limit.in_bytes else bound.limit.kind
-            counted[kind] = (bound.limit.words, bound.quantity, {"asked": bound.limit.asked})
+            counted[kind] = (bound.limit.words, bound.dense, bound.quantity, {"asked": bound.limit.asked})
         reached = {
-            kind: {"of": words, "dense": quantity.whole, "left": quantity.at(kept), **asked}
-            for kind, (words, quantity, asked) in counted.items()
+            kind: {"of": words, "dense": dense, "left": quantity.at(kept), **asked}
+            for kind, (words, dense, quantity, asked) in counted.items()
         }
         return self.settings() | ({"reached": reached} if reached else {})
 
@@ -318,7 +334,7 @@ class _Reach:
             most = ""
             if bound is not None:
                 least = bound.quantity.at({group.name: 0 for group in self.groups})
-                most = f", down to {bound.limit.kind}={_share(least, bound.quantity.whole):g} if all of them do"
+                most = f", down to {bound.limit.kind}={_share(least, bound.dense):g} if all of them do"
             found.append(f"depth=True (whole branches may go{most})")
         if bound is not None and bound.limit.kind != "latency" and not streams_among(self.groups):
             found.append("width=True (residual streams may lose channels)")
@@ -345,8 +361,8 @@ class _Reach:
             raise SettingError(
                 f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with {left} "
                 f"left in each of the {len(self.groups)} groups the model still has {_number(floor)} of "
-                f"{_number(dense)}. Ask for {limit.kind}={_share(floor, dense):g} or more. What would go further: "
-                f"{', or '.join(self.wider(bound))}. "
+                f"{_number(bound.dense)}. Ask for {limit.kind}={_share(floor, bound.dense):g} or more. "
+                f"What would go further: {', or '.join(self.wider(bound))}. "
                 + (
                     ""
                     if streams_among(self.groups)
@@ -370,7 +386,7 @@ class _Reach:
             return asked
         channels = max(channels_in_block(group, self.round_to) for group in self.groups)
         above = min((each for each in counts if bound.most < each < dense), default=-math.inf)
-        near = " or ".join(f"{_share(each, dense):g}" for each in (below, above) if each > 0)
+        near = " or ".join(f"{_share(each, bound.dense):g}" for each in (below, above) if each > 0)
         raise SettingError(
             f"target {limit} cannot be reached within 1 %: the smallest part that can go, {channels} "
             f"channel{'' if channels == 1 else 's'} of {'every group of a tower' if self.towers else 'a group'}, has "

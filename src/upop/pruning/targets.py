@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upop.pruning.beforehand import lost_bytes, lost_parameters
 from upop.pruning.counting import Quantity, cache_of, multiply_adds_of, parameters_of
 from upop.pruning.errors import SettingError, nearest
 from upop.pruning.groups import Group
@@ -159,6 +160,14 @@ def quantity_of(
             "tuple of arguments, or a mapping of keyword arguments)."
         )
     return (multiply_adds_of if limit.kind == "macs" else cache_of)(model, groups, example)
+
+
+def lost_before(limit: Limit, model: nn.Module) -> int:
+    """Return how much a model had lost of what a limit counts before its search: rows of words count as parameters."""
+    if limit.kind != "params":
+        return 0
+    dtype: torch.dtype | None = getattr(torch, limit.dtype) if limit.dtype else None
+    return lost_bytes(model, dtype.itemsize if dtype else None) if limit.in_bytes else lost_parameters(model)
 
 
 def _bytes_in(dtype: str) -> Callable[[Tensor], int]:

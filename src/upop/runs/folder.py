@@ -37,7 +37,7 @@ _BAD_IMAGES = "bad_images.json"
 _BAD_IMAGE = [{"image", "file", each, "reason"} for each in ("sample", "record")]  # as earlier versions wrote it
 _RESTORE = "It was written by this run; restore it."
 _PAGE = "report.html"
-_FOLDERS = ("best", "last", "examples", "checkpoints", "figures", "result", "blended", "trackers")
+_FOLDERS = ("best", "last", "examples", "checkpoints", "figures", "result", "blended", "trackers", "vocabulary")
 _CHECKPOINT = re.compile(r"checkpoints/step-\d{8,12}\.pt")
 _SPARE_BYTES = 50 * 2**20
 

@@ -24,6 +24,7 @@ from upop.libraries import is_pretrained
 from upop.machine import machine
 from upop.models.checkpointing import checkpoint_blocks
 from upop.pruning import Plan, find_groups
+from upop.pruning.beforehand import lost_parameters
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, results_table
@@ -50,6 +51,7 @@ from upop.runs.story import story_of
 from upop.runs.task import Task
 from upop.runs.tokens import merge_by_settings
 from upop.runs.trackers import Trackers, check_trackers
+from upop.runs.words import FOLDER, FewerWords, without_words
 from upop.settings import RunSettings
 
 Metrics = dict[str, dict[str, float]]
@@ -83,6 +85,8 @@ class Run:
 
     def __init__(self, task: Task[Any], settings: RunSettings, verb: str) -> None:
         self.task, self.settings, self._verb = task, settings, verb
+        self._given = settings
+        self._words: FewerWords | None = None
         self.accelerator = make_accelerator(settings)
         self._main = self.accelerator.is_main_process
         self._progress = RunProgress(0, self._main)
@@ -106,6 +110,12 @@ class Run:
         self._resumed = self._checkpoint_to_resume()
         if self._resumed is None:
             self.folder.check()
+        if settings.vocabulary is not None and verb == "compress":
+            place = settings.output_dir / FOLDER
+            words = agreed(self.accelerator, lambda: without_words(task, self._given, place))
+            self._words = words
+            self.notify(words.note)
+            self.settings = settings = words.applied(settings)
         if settings.pretrained and not task.model_prepares:
             self.settings, notes = resolved(task, settings, self.checkpoint())
             settings = self.settings
@@ -126,11 +136,18 @@ class Run:
         self._rate_reported = False
         self._identity = None if verb == "evaluate" else self._check_identity()
         if self._resumed is None:
-            self.folder.start(settings, task.name, verb)
+            self.folder.start(self._as_given(settings), task.name, verb)
         else:
-            self.folder.restore(settings, task.name, verb, self._resumed["notes"].get("changes", []))
+            self.folder.restore(self._as_given(settings), task.name, verb, self._resumed["notes"].get("changes", []))
             self._bad_images.restore(self.folder.bad_images())
         self._bad_images.report = self._report_bad_image
+
+    def _as_given(self, settings: RunSettings) -> RunSettings:
+        """Return settings with the model and the tokenizer that were given, before words were removed."""
+        if self._words is None:
+            return settings
+        names = [name for name in ("pretrained", "tokenizer") if name in type(settings).model_fields]
+        return settings.model_copy(update={name: getattr(self._given, name) for name in names})
 
     def __enter__(self) -> Self:
         """Return the run; it has already started."""
@@ -261,6 +278,7 @@ class Run:
     def pretrained(self, *, training: bool) -> nn.Module:
         """Return the model in `pretrained`, adapted to the run's data."""
         model = self.adapted(self.task.load(self.checkpoint(), self.settings), training=training)
+        model = model if self._words is None else self._words.marked(model)
         return model if training else merge_by_settings(model, self.settings)
 
     def adapted(self, model: nn.Module, *, training: bool) -> nn.Module:
@@ -293,7 +311,7 @@ class Run:
         self.accelerator.gradient_accumulation_steps = self.settings.accumulate
         self.loaders["train"] = make_loader(self.task, self.settings, "train", self._bad_images)
         if self._resumed is None:
-            self.folder.write_settings(self.settings)
+            self.folder.write_settings(self._as_given(self.settings))
 
     def first_rate(self, loop: Loop) -> float:
         """Return the initial learning rate, and report it once if it is scaled with the batch."""
@@ -405,7 +423,10 @@ class Run:
             dense = next(iter(models.values()))[0]
             self._save_figure(kept_share_figure(GroupShare.of(find_groups(dense), plan)), "kept")
             changed = [change for each in self.folder.changes() for change in each["changed"]]
-            write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command(), changed))
+            write_card(
+                path / "best",
+                story_of(self.task, self._as_given(self.settings), results, self.folder.command(), changed),
+            )
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
             scores = results.dense.metrics.get(val, {})
@@ -443,6 +464,11 @@ class Run:
             write_examples(self.task, models, samples, self.settings, name, self.folder.path / "examples")
 
 
+def with_lost(counts: dict[str, Any], lost: int) -> dict[str, Any]:
+    """Return the counts of a dense model with the parameters of the words that it lost."""
+    return {**counts, "parameters": counts["parameters"] + lost}
+
+
 def measure(
     task: Task[Any], models: Mapping[str, tuple[nn.Module, Metrics]], device: torch.device, batch_size: int
 ) -> Results:
@@ -457,8 +483,9 @@ def measure(
     built = {name: model.to(device) for name, (model, _) in models.items()}
     first = next(iter(built.values()))
     latency = measure_latency(built, task.example(first, batch_size))
+    lost = {name: lost_parameters(model) if model is first else 0 for name, model in built.items()}
     rows = [
-        ModelResult(name=name, metrics=metrics, latency_ms=latency[name], **task.counts(model))
+        ModelResult(name=name, metrics=metrics, latency_ms=latency[name], **with_lost(task.counts(model), lost[name]))
         for name, (model, metrics) in models.items()
     ]
     return Results(

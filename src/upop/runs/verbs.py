@@ -27,6 +27,7 @@ from upop.runs.run import Run
 from upop.runs.schedules import ONE_SHOT_METHODS, Phases, check_epochs, compression_rates, decay, phases
 from upop.runs.task import Task
 from upop.runs.tokens import merge_by_settings, share_budget
+from upop.runs.words import parameters_before
 from upop.settings import RunSettings
 
 _VERIFIED_SAMPLES = 4
@@ -221,7 +222,7 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
 
 def compressed_name(settings: RunSettings, dense: nn.Module, model: nn.Module) -> str:
     """Return the compressed model's name in tables: the method, and how many times fewer parameters it has."""
-    return f"{method_name(settings)} {count_parameters(dense) / count_parameters(model):.3g}x"
+    return f"{method_name(settings)} {parameters_before(dense) / count_parameters(model):.3g}x"
 
 
 def method_name(settings: RunSettings) -> str:

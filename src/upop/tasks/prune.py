@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import upop.checkpoints.configs.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
@@ -13,14 +15,17 @@ from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
 from upop.pruning import calibrate, count_parameters
+from upop.pruning.beforehand import lost_parameters
 from upop.report.results import ModelResult, Results
 from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
 from upop.runs.loaders import make_loader
 from upop.runs.one_shot import calibration_batches, loss_of, towers
+from upop.runs.run import with_lost
 from upop.runs.story import story_of
 from upop.runs.task import Task
 from upop.runs.tokens import check_shared_budget, share_budget
+from upop.runs.words import FOLDER, FewerWords, parameters_before, without_words
 from upop.tasks import TASKS
 from upop.tasks.row_settings import RowSettings
 
@@ -70,6 +75,24 @@ def prune(
         UPopError: settings, data, checkpoint, device or folder are not usable; before any long work.
     """
     check_folder(settings.output_dir, "model", overwrite=overwrite)
+    with ExitStack() as stack:
+        words = None
+        if settings.vocabulary is not None:
+            folder = Path(stack.enter_context(TemporaryDirectory())) / FOLDER
+            words = without_words(task, settings.model_copy(update={"pretrained": str(_path(settings))}), folder)
+            notify(words.note)
+        return _prune(task, settings, words, overwrite, command, notify)
+
+
+def _prune(
+    task: Task[Any],
+    given: RowSettings,
+    words: FewerWords | None,
+    overwrite: bool,
+    command: str,
+    notify: Callable[[str], None],
+) -> Results:
+    settings = given if words is None else words.applied(given)
     accelerator = make_accelerator(settings)
     loaders = {split: make_loader(task, settings, split) for split in ("train", *task.evaluated(settings))}
     for loader in loaders.values():
@@ -77,6 +100,7 @@ def prune(
             notify(note)
     batches = calibration_batches(loaders.pop("train"), settings)
     model, _ = task.adapt(task.load(_path(settings), settings), settings, training=False)
+    model = model if words is None else words.marked(model)
     names = towers(model, settings.include, width=settings.width)
     shared: dict[str, Any] = {
         "include": names,
@@ -97,16 +121,16 @@ def prune(
     device = accelerator.device
     model.to(device)
 
-    def evaluated(name: str) -> ModelResult:
+    def evaluated(name: str, lost: int = 0) -> ModelResult:
         metrics = {
             task.splits[split]: evaluate(accelerator, task, settings, model, loader)[0]
             for split, loader in prepared.items()
         }
         # No latency: the model is pruned in place, and measurements at different times are not comparable.
-        return ModelResult(name=name, metrics=metrics, **task.counts(model))
+        return ModelResult(name=name, metrics=metrics, **with_lost(task.counts(model), lost))
 
-    dense = evaluated("dense")
-    before = count_parameters(model)
+    before = parameters_before(model)
+    dense = evaluated("dense", lost_parameters(model))
     budget = share_budget(
         model,
         settings,
@@ -131,7 +155,7 @@ def prune(
         models=(dense, pruned), shown=task.shown, batch_size=settings.latency_batch, machine=machine(device)
     )
     save(model.cpu(), settings.output_dir, plan, tokenizer=task.tokenizer(settings), overwrite=overwrite)
-    write_card(settings.output_dir, story_of(task, settings, results, command, trained=False))
+    write_card(settings.output_dir, story_of(task, given, results, command, trained=False))
     return results
 
 

@@ -20,7 +20,7 @@ from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
 from upop.models.blip import BlipConfig
 from upop.pruning.carried import plan_of, set_plan
-from upop.pruning.costs import call, evaluating
+from upop.pruning.costs import call, count_parameters, evaluating
 from upop.pruning.verify import tensors_of
 from upop.tokens.cross import give_held
 from upop.tokens.encoders import merge_again, removed_tokens
@@ -53,7 +53,7 @@ def with_fewer_words(model: nn.Module, vocabulary: Any, tokenizer: Any) -> tuple
     found = chosen_words(vocabulary, tokenizer, size, (0, size - 2, size - 1))  # padding, [DEC] and [ENC]
     smaller = _of_words(model, config.model_copy(update={"vocab_size": len(found.kept)}), found)
     _check(model, smaller, found)
-    note_words(smaller, found, getattr(model, VOCABULARY, None))
+    note_words(smaller, found, getattr(model, VOCABULARY, None), count_parameters(model))
     return smaller, found
 
 

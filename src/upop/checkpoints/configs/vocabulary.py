@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ from upop.checkpoints.fitting.carried import VOCABULARY
 from upop.checkpoints.fitting.meta import meta_model
 from upop.errors import LayoutError, SettingError, VerificationError
 from upop.libraries import is_pretrained
-from upop.pruning.costs import call, evaluating
+from upop.pruning.axes.examples import example_for
+from upop.pruning.beforehand import note_lost
+from upop.pruning.costs import call, count_parameters, evaluating
 from upop.pruning.json_text import parse_json
 from upop.pruning.masks import unwrapped
 from upop.pruning.shrink import Exchange
@@ -75,8 +77,9 @@ def reduce_vocabulary(
 ) -> Vocabulary:
     """Remove tokens that a task never uses from word embeddings and output heads, in place.
 
-    Call it before or after a cut, but not within a training: optimizers are not updated. The configuration, the
-    generation settings and the returned tokenizer have the new ids:
+    Call it before or after a cut, but not within a training: optimizers are not updated. A target of parameters for the
+    same object, such as `target={"params": 0.5}`, counts the removed rows as reached. The configuration, the generation
+    settings and the returned tokenizer have the new ids:
 
         vocabulary = upop.reduce_vocabulary(model, "captions.txt", tokenizer)
         upop.save(model, "smaller", tokenizer=vocabulary.tokenizer)
@@ -98,14 +101,12 @@ def reduce_vocabulary(
     whole: Any = unwrapped(model)
     if not is_pretrained(whole):
         raise SettingError(f"reduce_vocabulary() takes transformers models; found a {type(whole).__name__}.")
-    words = whole.get_input_embeddings()
-    if not isinstance(words, nn.Embedding):
-        raise LayoutError(f"{type(whole).__name__} has no word embeddings.")
-    size = words.num_embeddings
+    size = _words(whole).num_embeddings
     found = chosen_words(vocabulary, tokenizer, size, _named_ids(whole, size))
+    before = count_parameters(whole)
     if len(found.kept) < size:
         _apply(whole, found)
-    note_words(whole, found, getattr(whole, VOCABULARY, None))
+    note_words(whole, found, getattr(whole, VOCABULARY, None), before)
     return found
 
 
@@ -122,7 +123,8 @@ def chosen_words(vocabulary: Any, tokenizer: Any, size: int, needed: Iterable[in
         SettingError: no token is named, texts come without a tokenizer, or an id is not in the vocabulary.
         VerificationError: a text would be split differently.
     """
-    texts, used = _read(vocabulary)
+    values = read_vocabulary(vocabulary)
+    texts, used = [each for each in values if isinstance(each, str)], {each for each in values if type(each) is int}
     if texts and tokenizer is None:
         raise SettingError("A vocabulary of texts was given without a tokenizer. Give the model's own, or token ids.")
     used |= used_ids(tokenizer, texts) if texts else set()
@@ -137,13 +139,29 @@ def chosen_words(vocabulary: Any, tokenizer: Any, size: int, needed: Iterable[in
     return Vocabulary(tuple(kept), size, smaller_tokenizer(tokenizer, kept, texts) if is_fast(tokenizer) else None)
 
 
-def note_words(model: nn.Module, found: Vocabulary, before: Sequence[int] | None) -> None:
-    """Set the original ids of a model's tokens; `before` has those from earlier reductions."""
+def note_words(model: nn.Module, found: Vocabulary, before: Sequence[int] | None, parameters: int) -> None:
+    """Note what a model lost: a target of parameters counts it as reached, and a saved model names its tokens.
+
+    Args:
+        model: the model, without the removed tokens.
+        found: the kept tokens.
+        before: the original ids of its tokens, if it lost some earlier.
+        parameters: how many the model had.
+    """
     setattr(model, VOCABULARY, [number if before is None else before[number] for number in found.kept])
+    example = next(each for each in model.parameters() if each.is_floating_point())
+    note_lost(model, parameters - count_parameters(model), example)
 
 
-def _read(vocabulary: Any) -> tuple[list[str], set[int]]:
-    """Return texts and token ids."""
+def read_vocabulary(vocabulary: Any) -> list[str | int]:
+    """Return the texts and token ids of a vocabulary.
+
+    Args:
+        vocabulary: as for `reduce_vocabulary`.
+
+    Raises:
+        SettingError: the file cannot be read, or there is something else among them.
+    """
     if isinstance(vocabulary, str | Path):
         try:
             content = Path(vocabulary).read_text(encoding="utf-8")
@@ -157,11 +175,9 @@ def _read(vocabulary: Any) -> tuple[list[str], set[int]]:
                 raise SettingError(f"{vocabulary} begins like a JSON list, but is none: {error}.") from error
         vocabulary = lines
     values = list(vocabulary)
-    numbers = {each for each in values if isinstance(each, int) and not isinstance(each, bool)}
-    texts = [each for each in values if isinstance(each, str)]
-    if len(texts) + sum(isinstance(each, int) and not isinstance(each, bool) for each in values) < len(values):
+    if not all(isinstance(each, str | int) and not isinstance(each, bool) for each in values):
         raise SettingError("A vocabulary is texts or token ids; found something else among them.")
-    return texts, numbers
+    return values
 
 
 def _named_ids(model: Any, size: int) -> set[int]:
@@ -196,7 +212,8 @@ def _apply(model: Any, vocabulary: Vocabulary) -> None:
     change, follow = _smaller(model, size, len(kept), renumbered.get(id(model.config), {}))
     drawn = torch.randint(len(kept), (_TEXTS, _LENGTH), generator=torch.Generator().manual_seed(0))
     inputs = kept[drawn].to(model.device)
-    before = _outputs(model, inputs)
+    taking = _taking(model, inputs)
+    before = _outputs(model, taking(inputs))
     tensors = [(tensor, follow[name]) for name, tensor in _tensors(model).items() if name in follow]
     undo: list[Any] = []
     config, generation = copy.deepcopy(vars(model.config)), copy.deepcopy(getattr(model, "generation_config", None))
@@ -216,7 +233,7 @@ def _apply(model: Any, vocabulary: Vocabulary) -> None:
         with_fields(model.config, change)
         if generation is not None:
             with_fields(model.generation_config, renumbered.get(id(model.generation_config), {}))
-        _check(model, before, _outputs(model, drawn.to(model.device)), kept, size)
+        _check(model, before, _outputs(model, taking(drawn.to(model.device))), kept, size)
     except BaseException:
         for module, name, value in numbers:
             setattr(module, name, value)
@@ -252,7 +269,7 @@ def _smaller(model: Any, size: int, left: int, renumbered: Mapping[Any, Any]) ->
         The change of the configuration, and the tensors that follow it: name -> dimension of the tokens.
     """
     old = {name: tuple(value.shape) for name, value in _tensors(_built(model, {})).items()}
-    words = next(name for name, value in _tensors(model).items() if value is model.get_input_embeddings().weight)
+    words = next(name for name, value in _tensors(model).items() if value is _words(model).weight)
     fields = [
         (*path, name)
         for path, values in nodes(without_record(model.config).to_dict())
@@ -301,16 +318,68 @@ def _differing(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterable[tup
                     yield mine[path], name, other
 
 
-def _outputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    try:
-        with evaluating(model):
-            return dict(tensors_of(call(model, {"input_ids": ids, **more})))
-    except Exception as error:  # the model's own
+def _words(model: nn.Module) -> nn.Embedding:
+    """Return the word embeddings of a model: its own, or those of the only part that has some.
+
+    Raises:
+        LayoutError: it has none, or several.
+    """
+    found: dict[int, nn.Embedding] = {}
+    for module in model.modules():  # the model itself comes first
+        try:
+            words = module.get_input_embeddings() if is_pretrained(module) else None
+        except NotImplementedError:  # such as those of images and of texts side by side
+            continue
+        if isinstance(words, nn.Embedding):
+            if module is model:
+                return words
+            found[id(words)] = words
+    if len(found) != 1:
         raise LayoutError(
-            f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}), so a smaller "
-            "vocabulary cannot be verified."
-        ) from error
+            f"{type(model).__name__} has {'several word embeddings' if found else 'no word embeddings'}, and one is "
+            "what can lose words."
+        )
+    return next(iter(found.values()))
+
+
+def _taking(model: Any, ids: Tensor) -> Callable[[Tensor], Mapping[str, Any]]:
+    """Return what a model is called with, as a function of token ids.
+
+    Args:
+        model: the model, as it is.
+        ids: some of its token ids, [texts, length].
+
+    Raises:
+        LayoutError: it does not run on ids, or on ids with what else it takes.
+    """
+    more = ("decoder_input_ids",) if getattr(model.config, "is_encoder_decoder", False) else ()
+
+    def alone(given: Tensor) -> Mapping[str, Any]:
+        return dict.fromkeys(("input_ids", *more), given)
+
+    try:
+        _outputs(model, alone(ids))
+        return alone
+    except Exception as error:  # the model's own
+        found = example_for(model)
+        if not isinstance(found, Mapping) or "input_ids" not in found:
+            raise LayoutError(
+                f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}), so a "
+                "smaller vocabulary cannot be verified."
+            ) from error
+        example: Mapping[str, Any] = found
+        shape = example["input_ids"].shape
+
+        def beside(given: Tensor) -> Mapping[str, Any]:
+            flat = given.flatten()
+            return {**example, "input_ids": flat.repeat(-(-shape.numel() // len(flat)))[: shape.numel()].view(shape)}
+
+        return beside
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    with evaluating(model):
+        return dict(tensors_of(call(model, inputs)))
 
 
 def _check(

@@ -1,0 +1,104 @@
+"""The setting `vocabulary`: a compression starts from a model without the words that its task never uses."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from upop.checkpoints import save
+from upop.checkpoints.configs.fewer_words import with_fewer_words
+from upop.checkpoints.configs.vocabulary import read_vocabulary
+from upop.checkpoints.files.hub import local_path
+from upop.checkpoints.fitting.carried import set_preparation
+from upop.errors import SettingError
+from upop.pruning import count_parameters
+from upop.pruning.beforehand import lost_parameters, note_lost
+from upop.runs.inputs import resolved, sample
+from upop.runs.task import Task
+from upop.settings import RunSettings
+
+FOLDER = "vocabulary"
+"""The subfolder of a run with the model that it starts from."""
+
+S = TypeVar("S", bound=RunSettings)
+
+
+@dataclass(frozen=True)
+class FewerWords:
+    """A dense model without the words that a task never uses.
+
+    Attributes:
+        folder: where it lies, with its tokenizer.
+        lost: how many parameters it lost.
+        note: what went, in words.
+    """
+
+    folder: str
+    lost: int
+    note: str
+
+    def applied(self, settings: S) -> S:
+        """Return the settings of a run that starts from this model."""
+        named = {"tokenizer": self.folder} if "tokenizer" in type(settings).model_fields else {}
+        return settings.model_copy(update={"pretrained": self.folder, **named})
+
+    def marked(self, model: nn.Module) -> nn.Module:
+        """Return the loaded model, for which a target of parameters counts as reached what went."""
+        note_lost(model, self.lost, next(each for each in model.parameters() if each.is_floating_point()))
+        return model
+
+
+def without_words(task: Task[Any], settings: RunSettings, folder: Path) -> FewerWords:
+    """Write the model in `pretrained` without the words that are not in the file `vocabulary`.
+
+    The tokens of the first training sample are kept as well: those of a chat template or of a task's prompt are in no
+    text of a user.
+
+    Args:
+        task: of the model.
+        settings: of the run.
+        folder: to write to; an older one of upop is replaced.
+
+    Raises:
+        SettingError: the task has no words, or the vocabulary cannot be used.
+        UPopError: the model, the data or the folder is not usable.
+    """
+    assert settings.vocabulary is not None
+    texts = read_vocabulary(settings.vocabulary)
+    if not settings.pretrained:
+        raise SettingError("A vocabulary was given, and no model that could lose words. Set pretrained.")
+    source = local_path(settings.pretrained)
+    settings = settings if task.model_prepares else resolved(task, settings, source)[0]
+    model = task.load(source, settings)
+    held = task.tokenizer(settings)
+    if held is None:
+        raise SettingError(f"vocabulary={settings.vocabulary} was given, and {task.name} has no words. Leave it out.")
+    processor = copy.deepcopy(getattr(held, "library", held))
+    data = task.dataset(settings, "train")
+    first = task.collate(settings)([data[0]])
+    used = [ids for name, ids in first.items() if name.endswith("input_ids") and isinstance(ids, Tensor)]
+    before = count_parameters(model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    smaller, found = with_fewer_words(model, [*texts, *(int(each) for ids in used for each in ids.unique())], tokenizer)
+    if processor is tokenizer:
+        processor = found.tokenizer
+    else:
+        processor.tokenizer = found.tokenizer
+    if not task.model_prepares:
+        set_preparation(smaller, sample(task, settings))
+    save(smaller, folder, tokenizer=processor)
+    after = count_parameters(smaller)
+    return FewerWords(
+        str(folder),
+        before - after,
+        f"vocabulary: {len(found.kept):,} of {found.size:,} words stay, {after:,} of {before:,} parameters",
+    )
+
+
+def parameters_before(model: nn.Module) -> int:
+    """Return the number of parameters of a dense model, with those of the words that it lost."""
+    return count_parameters(model) + lost_parameters(model)
