@@ -260,6 +260,28 @@ class Windows(nn.Module):
         return F.pad(found.reshape(len(x), -1, WIDTH), (0, 0, 0, 7))[:, :7]
 
 
+class Strided(nn.Module):
+    """Each token attends to itself and the two before it, windows that lie in one another in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.values = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def windows(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 2, 0)).contiguous()
+        batch, token, channel = padded.stride()
+        return padded.as_strided((*x.shape[:2], 3, x.shape[2]), (batch, token, token, channel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries(x).unflatten(-1, (HEADS, 1, -1))
+        keys, values = (
+            self.windows(each(x)).unflatten(-1, (HEADS, -1)).transpose(2, 3) for each in (self.keys, self.values)
+        )
+        found = (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1) @ values
+        return self.out(found.flatten(2))
+
+
 class Folded(Windows):
     """What is not cut has as many dimensions as a tensor that is, and is as long as one of which two are kept."""
 
@@ -267,7 +289,9 @@ class Folded(Windows):
         return x[:, :2].mT.reshape(len(x), 4, 6, 2).reshape(-1, 2, WIDTH)
 
 
-@pytest.mark.parametrize(("inner", "channel", "size"), [(Windows, "dimension", SIZE), (Folded, "head", HEADS)])
+@pytest.mark.parametrize(
+    ("inner", "channel", "size"), [(Windows, "dimension", SIZE), (Folded, "head", HEADS), (Strided, "dimension", SIZE)]
+)
 def test_what_is_not_cut_is_not_taken_for_what_is_at_any_size(
     inner: Callable[[], nn.Module], channel: str, size: int
 ) -> None:

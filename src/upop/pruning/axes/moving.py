@@ -19,19 +19,17 @@ from upop.pruning.axes.trace import Trace
 
 
 @rule(
+    *("arange", "eye", "linspace", "_local_scalar_dense", "rand", "randn", "randint", "sym_size", "is_nonzero"),
     *(
-        "arange",
-        "eye",
-        "linspace",
-        "_local_scalar_dense",
-        "rand",
-        "randn",
-        "randint",
-        "sym_size",
-        "is_nonzero",
         "equal",
+        "empty_strided",
+        "new_empty_strided",
+        "_fused_sdp_choice",
+        "is_same_size",
+        "lift_fresh",
+        "detach_",
+        "item",
     ),
-    *("empty_strided", "new_empty_strided", "_fused_sdp_choice", "is_same_size", "lift_fresh", "detach_", "item"),
     *("randperm", "bernoulli_p", "_assert_async", "_assert_scalar", "resize"),
 )
 def _nothing(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
@@ -165,10 +163,17 @@ def _view(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
 
 @rule("as_strided")
 def _as_strided(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    if tuple(result.shape) == tuple(args[0].shape) and result.stride() == args[0].stride():
-        trace.set(result, trace.label(args[0]))
-    else:
-        unknown(trace, args, kwargs, result, name)
+    """Takes windows of some dimensions; those that keep their length and stride stay what they were."""
+    label = trace.label(args[0])
+    places = {each: place for place, each in enumerate(zip(args[0].shape, args[0].stride(), strict=True))}
+    whence = [places.get(each) for each in zip(result.shape, result.stride(), strict=True)]
+    for place, dim in enumerate(label.dims):
+        if place not in whence:
+            fix(dim, "windows of it are taken")
+    windows = plain(result)
+    trace.set(
+        result, like(label, [windows[at] if place is None else label.dims[place] for at, place in enumerate(whence)])
+    )
 
 
 @rule("permute")
