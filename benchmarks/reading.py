@@ -105,19 +105,19 @@ def measured(name: str) -> dict[str, Any]:
         "target_seconds": MODELS[name][1],
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "peak_gib_before": before / 2**20,
-        "units": dict(Counter(f"{group.kind}, {group.channel}" for group in found.groups)),
-        "left_alone": len(found.skipped),
+        "groups": dict(Counter(f"{group.kind}, {group.channel}" for group in found.groups)),
+        "skipped": len(found.skipped),
     }
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     """Return the measurements as a table for the terminal."""
     result = Table(title="Reading and proving a model")
-    for column in ("model", "parameters", "seconds", "processor s", "target s", "peak GiB", "units"):
+    for column in ("model", "parameters", "seconds", "processor s", "target s", "peak GiB", "groups"):
         result.add_column(column, justify="left" if column == "model" else "right")
     for name, row in rows.items():
         numbers = (row["seconds"], row["processor_seconds"], row["target_seconds"], row["peak_gib"])
-        groups = str(sum(row["units"].values()))
+        groups = str(sum(row["groups"].values()))
         result.add_row(name, f"{row['parameters'] / 1e6:,.0f} M", *(f"{each:.1f}" for each in numbers), groups)
     return result
 

@@ -40,7 +40,7 @@ def digests_of(sources: Sources) -> dict[str, Any]:
     pairs = found.items()
     return {
         "annotations": {path.name: file_digest(path) for path in sources.annotations},
-        "pictures": len(found),
+        "images": len(found),
         "names": _digest(name for name in found),
         "sizes": _digest(f"{name}\0{size}" for name, (_, size, _) in pairs),
         "times": _digest(f"{name}\0{time}" for name, (_, _, time) in pairs),
@@ -67,7 +67,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], split: str) -
     ]
     by: Callable[[str], bool] = lambda name: before[name] is not None and before[name] == now[name]  # noqa: E731
     if not by("names"):
-        more = f": there were {before['pictures']}, and are {now['pictures']}" if not by("pictures") else ""
+        more = f": there were {before['images']}, and are {now['images']}" if not by("images") else ""
         described.append(f"the {split} data: images were added, removed or renamed{more}")
     elif not by("sizes"):
         described.append(f"the {split} data: file sizes of images changed")

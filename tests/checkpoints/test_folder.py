@@ -62,7 +62,7 @@ def test_compressed_blip_comes_back(tmp_path: Path) -> None:
         for part in again.modules()
         if type(part) is nn.Linear
     )
-    assert json.loads((tmp_path / "small" / "upop.json").read_text())["plan"]["units"]
+    assert json.loads((tmp_path / "small" / "upop.json").read_text())["plan"]["groups"]
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
         MARKER,
         "README.md",
@@ -155,7 +155,7 @@ def test_layers_that_were_dropped_after_a_cut(tmp_path: Path) -> None:
     # Cut once more, what is left of the plan is told of the dense model.
     upop.shrink(again, {"blocks.1.mlp": [1, 3]})
     described = json.loads((upop.save(again, tmp_path / "smaller") / "upop.json").read_text())
-    assert described["plan"]["units"]["blocks.1.mlp"] == {"size": 96, "kept": [1, 3]}
+    assert described["plan"]["groups"]["blocks.1.mlp"] == {"size": 96, "kept": [1, 3]}
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])

@@ -141,7 +141,7 @@ def test_layers_that_are_left_may_be_of_any_size(tmp_path: Path) -> None:
         "model.layers.2.mlp": 24,
     }
     torch.testing.assert_close(outputs(again), outputs(model), rtol=1e-4, atol=1e-4)
-    written = json.loads((tmp_path / "saved" / "upop.json").read_text())["plan"]["units"]
+    written = json.loads((tmp_path / "saved" / "upop.json").read_text())["plan"]["groups"]
     assert written["model.layers.1.mlp"] == {"size": 24, "kept": list(range(5))}
     assert not any(".3." in name for name in written)
 

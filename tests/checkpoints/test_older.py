@@ -52,9 +52,9 @@ def test_an_older_folder_loads_and_is_written_anew(name: str, tmp_path: Path) ->
     groups = {group.name: group.size for group in upop.find_groups(model)}
     again = upop.save(model, tmp_path / "again")
     content = json.loads((again / "upop.json").read_text())
-    assert set(content["units"]) == set(groups) == set(content["layout"])
+    assert set(content["groups"]) == set(groups) == set(content["layout"])
     assert {
-        group: len(described["kept"]) for group, described in content["plan"]["units"].items()
+        group: len(described["kept"]) for group, described in content["plan"]["groups"].items()
     }.items() <= groups.items()
     assert_same(loaded(again, name), name)
 
@@ -157,7 +157,7 @@ def test_groups_in_a_folder_lead_nowhere_else(change: dict[str, Any], fragment: 
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=16, embed_dim=16, num_heads=2, num_classes=3)
     folder = upop.save(model.eval(), tmp_path / "model")
     content = json.loads((folder / "upop.json").read_text())
-    content["units"][GROUP].update(change)
+    content["groups"][GROUP].update(change)
     (folder / "upop.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=fragment):
         upop.load(folder)

@@ -140,7 +140,7 @@ def test_one_folder_serves_both(name: str, tmp_path: Path) -> None:
     dense = type(model)(model.config)
     assert bit_equal(upop.load_into(dense, folder), model, inputs)
     description = json.loads((folder / "upop.json").read_text())
-    assert set(description["plan"]["units"]) == set(description["layout"])
+    assert set(description["plan"]["groups"]) == set(description["layout"])
 
 
 def test_a_second_cut_is_recorded_beside_the_first(tmp_path: Path) -> None:

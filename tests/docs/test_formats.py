@@ -79,7 +79,7 @@ def test_fields_of_files_are_named(run: Path) -> None:
     assert {*found, *found["models"][0]} <= named | {"models"}
     plan = json.loads((run / "plan.json").read_text())
     named = {*code(text.partition("### plan.json")[2].partition("###")[0])}
-    group = next(iter(plan["units"].values()))
+    group = next(iter(plan["groups"].values()))
     assert {*plan, *plan["settings"], *group} <= named
     ours = json.loads((run / "best" / "upop.json").read_text())
     named = {*code(text.partition("### Our folder")[2].partition("###")[0])}

@@ -247,7 +247,7 @@ def _kept(change: Callable[[list[int], int], list[Any]]) -> Callable[[dict[str, 
 
     def changed(description: dict[str, Any]) -> Any:
         description = copy.deepcopy(description)
-        group = next(iter(description["plan"]["units"].values()))
+        group = next(iter(description["plan"]["groups"].values()))
         group["kept"] = change(group["kept"], group["size"])
         return description
 
@@ -257,7 +257,7 @@ def _kept(change: Callable[[list[int], int], list[Any]]) -> Callable[[dict[str, 
 def _group(**values: Any) -> Callable[[dict[str, Any]], Any]:
     def changed(description: dict[str, Any]) -> Any:
         description = copy.deepcopy(description)
-        next(iter(description["plan"]["units"].values())).update(values)
+        next(iter(description["plan"]["groups"].values())).update(values)
         return description
 
     return changed
@@ -300,12 +300,12 @@ DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "plan is a text": _set("plan", to="half"),
     "plan is empty": _set("plan", to={}),
     "plan of a later version": _set("plan", "version", to=99),
-    "groups are a list": _set("plan", "units", to=[]),
-    "groups are null": _set("plan", "units", to=None),
+    "groups are a list": _set("plan", "groups", to=[]),
+    "groups are null": _set("plan", "groups", to=None),
     "settings are a list": _set("plan", "settings", to=[1]),
-    "a group that is a list": _set("plan", "units", to={"a": [1]}),
-    "a group of another model": _set("plan", "units", to={"encoder.mlp": {"size": 4, "kept": [0]}}),
-    "a group without kept": _set("plan", "units", to={"a": {"size": 4}}),
+    "a group that is a list": _set("plan", "groups", to={"a": [1]}),
+    "a group of another model": _set("plan", "groups", to={"encoder.mlp": {"size": 4, "kept": [0]}}),
+    "a group without kept": _set("plan", "groups", to={"a": {"size": 4}}),
     "entries beyond the end": _kept(lambda kept, size: [*kept[:-1], size]),
     "entries far beyond the end": _kept(lambda kept, _size: [*kept[:-1], 10**20]),
     "entries below zero": _kept(lambda kept, _size: [-1, *kept[1:]]),

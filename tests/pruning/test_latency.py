@@ -131,11 +131,11 @@ def test_a_runtime_that_is_not_known_is_refused() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 3},
         {"dense_ms": 0},
-        {"layers": [{"units": ["a"], "size": 4, "sizes": [4, 1], "saved_ms": [1, 0]}]},
-        {"layers": [{"units": ["a"], "size": 4, "sizes": [1, 4], "saved_ms": [-1, 0]}]},
-        {"layers": [{"units": ["a"], "size": 4, "sizes": [1, 4], "saved_ms": ["x", 0]}]},
+        {"layers": [{"groups": ["a"], "size": 4, "sizes": [4, 1], "saved_ms": [1, 0]}]},
+        {"layers": [{"groups": ["a"], "size": 4, "sizes": [1, 4], "saved_ms": [-1, 0]}]},
+        {"layers": [{"groups": ["a"], "size": 4, "sizes": [1, 4], "saved_ms": ["x", 0]}]},
         {"layers": 3},
     ],
 )

@@ -165,7 +165,7 @@ def test_a_plan_survives_json() -> None:
     assert list(again) == [group.name for group in pruner.groups]
     how = {"importance": "absolute", "progress": "stages", "reached": plan.settings["reached"]}
     assert again.settings == {"ratio": 0.5, "steps": 2, "interval": 1, "cost": "params", "round_to": 2, **how}
-    assert json.loads(plan.to_json())["version"] == 1
+    assert json.loads(plan.to_json())["version"] == 2
     given = finished_pruner(VIT.build(), VIT.inputs(), cost=lambda group: 1.0).plan()
     assert upop.Plan.from_json(given.to_json()).settings["cost"] == "given"
 
@@ -179,7 +179,7 @@ def test_a_plan_cuts_a_fresh_copy_to_the_same_model() -> None:
     assert torch.equal(outputs_of(fresh.eval(), inputs), outputs_of(model.eval(), inputs))
 
 
-GOOD = {"version": 1, "settings": {}, "units": {"blocks.0.mlp": {"size": 48, "kept": [0, 3]}}}
+GOOD = {"version": 2, "settings": {}, "groups": {"blocks.0.mlp": {"size": 48, "kept": [0, 3]}}}
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_text_that_is_no_plan(text: str) -> None:
         upop.Plan.from_json(text)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 0, "1", True, [1], None])
 def test_a_plan_of_another_version(version: Any) -> None:
-    with pytest.raises(PlanError, match=r"version .*reads version 1"):
+    with pytest.raises(PlanError, match=r"version .*reads 1 to 2"):
         upop.Plan.from_json(json.dumps({**GOOD, "version": version}))
 
 
@@ -226,7 +226,7 @@ def test_a_plan_that_does_not_fit_lists_all_that_is_wrong() -> None:
         "blocks.1.attn": {"size": 8, "kept": [0, 8]},
         "blocks.1.mlp": {"size": 48, "kept": [3, 2]},
     }
-    plan = upop.Plan.from_json(json.dumps({"version": 1, "units": groups}))
+    plan = upop.Plan.from_json(json.dumps({"version": 2, "groups": groups}))
     with pytest.raises(PlanError) as caught:
         upop.shrink(model, plan)
     for fragment in (

@@ -116,7 +116,7 @@ def layout(layers: int = 3) -> dict[str, Any]:
                     "kind": kind,
                     "modality": modality,
                     "heads": None,
-                    "entries": kept,
+                    "channels": kept,
                     "of": size,
                 }
     return groups

@@ -56,10 +56,10 @@ def test_a_cell_per_group_says_what_it_keeps(tmp_path: Path) -> None:
     assert len(cells) == len(layout())
     for name, group in layout().items():
         (cell,) = (cell for cell in cells if f"({name})" in (cell["title"] or ""))
-        assert f"keeps {group['entries']} of {group['of']} " in (cell["title"] or "")
-        assert cell["style"] == f"--kept: {100 * group['entries'] / group['of']:.0f}%"
+        assert f"keeps {group['channels']} of {group['of']} " in (cell["title"] or "")
+        assert cell["style"] == f"--kept: {100 * group['channels'] / group['of']:.0f}%"
     shares = {
-        modality: sum(group["entries"] for group in layout().values() if group["modality"] == modality)
+        modality: sum(group["channels"] for group in layout().values() if group["modality"] == modality)
         / sum(group["of"] for group in layout().values() if group["modality"] == modality)
         for modality in ("vision", "text")
     }
@@ -225,8 +225,8 @@ def test_a_line_of_metrics_that_cannot_be_read_is_left_out(tmp_path: Path, line:
     [
         ("versions.json", {"libraries": ["a"]}, "libraries: Input should be a valid"),
         ("versions.json", {"verb": None}, "verb: Input should be a valid string"),
-        ("best/upop.json", {"layout": {"a": {"kind": "x", "modality": "m", "entries": 1, "of": 2}}}, "layout.a.kind"),
-        ("best/upop.json", {"layout": {"a": {"kind": "mlp", "modality": "m", "entries": 1, "of": 0}}}, "layout.a.of"),
+        ("best/upop.json", {"layout": {"a": {"kind": "x", "modality": "m", "channels": 1, "of": 2}}}, "layout.a.kind"),
+        ("best/upop.json", {"layout": {"a": {"kind": "mlp", "modality": "m", "channels": 1, "of": 0}}}, "layout.a.of"),
         ("best/upop.json", {"layout": 3}, "layout: Input should be"),
     ],
 )

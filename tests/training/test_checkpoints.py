@@ -20,7 +20,7 @@ def state(step: int) -> dict[str, Any]:
     return {
         "settings": {"p": 0.5},
         "task": "nlvr",
-        "records_per_step": 16,
+        "samples_per_step": 16,
         "accumulate": 1,
         "batches": 4,
         "place": {**vars(Position()), "phase": "search", "steps": step},
@@ -143,6 +143,20 @@ def test_files_of_the_last_version_are_read_and_checked_too(two: Checkpoints, tm
     torch.save({"format": 1, "model": {}}, path)
     with pytest.warns(UserWarning, match="settings is missing"):
         assert newest_step(two) == 2
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_keys_of_earlier_formats_are_read_under_those_of_today(version: int, two: Checkpoints, tmp_path: Path) -> None:
+    of_today = {**state(3), "identity": {"data": {"train": {"images": 4, "names": "a"}}}}
+    older = {**of_today, "identity": {"data": {"train": {"pictures": 4, "names": "a"}}}, "format": version}
+    older["records_per_step"] = older.pop("samples_per_step")
+    if version == 1:
+        torch.save(older, tmp_path / "step-00000003.pt")
+    else:
+        two.write(3, older)
+    found = two.read("step-00000003.pt", whole=True)
+    assert found["identity"] == of_today["identity"]
+    assert found["samples_per_step"] == 16 and "records_per_step" not in found
 
 
 def test_a_damaged_file_does_not_push_out_the_good_one(two: Checkpoints, tmp_path: Path) -> None:

@@ -160,6 +160,6 @@ def test_what_is_no_file_is_not_read_for_its_digest(kind: str, tmp_path: Path) -
     else:
         os.mkfifo(image)
     found = digests_of(Sources((), {"0.png": image}))  # without an end, or for ever, if it were read
-    assert found["pictures"] == 1
+    assert found["images"] == 1
     with pytest.raises(ValueError, match=f"it is {kind}, not a file"):
         sources.file_digest(image)

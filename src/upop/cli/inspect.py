@@ -191,8 +191,8 @@ def _coverage_table(covered: Coverage) -> Table:
     whole = sum(each.parameters for each in shares.values())
     run = sum(each.macs or 0 for each in shares.values())
     names = {
-        "units": "in groups",
-        "left alone": "skipped, with a reason",
+        "groups": "in groups",
+        "skipped": "skipped, with a reason",
         "outside": "outside: embeddings, heads",
     }
     for place, each in shares.items():
@@ -215,7 +215,7 @@ def _content(model: nn.Module, found: Inspection, smaller: Inspection | None, no
         "macs": found.macs,
         "note": note,
         "parts": [asdict(part) for part in found.parts],
-        "units": [
+        "groups": [
             {**asdict(group), "parameters": found.group_parameters[group.name]}
             for panel in found.panels
             for group in panel.layers

@@ -1,4 +1,4 @@
-"""The share of parameters and multiply-adds that groups cover, and why the rest is left alone."""
+"""The share of parameters and multiply-adds that groups cover, and why the rest is skipped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from upop.pruning.groups import Group, Skipped
 from upop.pruning.traits import momentum_prefixes
 
-Where = Literal["units", "left alone", "outside"]
-PLACES: tuple[Where, ...] = ("units", "left alone", "outside")
-"""In groups; in blocks, and left alone with a reason; outside of blocks: embeddings, heads, norms."""
+Where = Literal["groups", "skipped", "outside"]
+PLACES: tuple[Where, ...] = ("groups", "skipped", "outside")
+"""In groups; in blocks, but skipped for a reason; outside of blocks: embeddings, heads, norms."""
 
-UNKNOWN = "nothing that could go was found in it"
+UNKNOWN = "no prunable axis was found in it"
 
 
 @dataclass(frozen=True)
 class Share:
-    """The size of one of the three places: in groups, left alone, outside.
+    """The size of one of the three places: in groups, skipped, outside.
 
     Attributes:
         parameters: their number; shared tensors count once, momentum copies not at all.
@@ -38,7 +38,7 @@ class Coverage:
     Attributes:
         shares: place -> its size.
         where: tensor -> its place.
-        reasons: weight matrix -> why it is left alone.
+        reasons: weight matrix -> why it is skipped.
     """
 
     shares: Mapping[Where, Share]
@@ -66,12 +66,9 @@ class Coverage:
         """Return the shares and the reasons as JSON values."""
         counts = {place: self.shares[place] for place in PLACES}
         return {
-            "shares": {
-                place.replace(" ", "_"): {"parameters": share.parameters, "macs": share.macs}
-                for place, share in counts.items()
-            },
+            "shares": {place: {"parameters": share.parameters, "macs": share.macs} for place, share in counts.items()},
             "of_blocks": self.of_blocks,
-            "left_alone": dict(self.reasons),
+            "reasons": dict(self.reasons),
         }
 
 
@@ -80,14 +77,14 @@ def coverage(
 ) -> Coverage:
     """Return the place of every parameter; each weight matrix is in exactly one place.
 
-    A matrix that no group cuts counts as left alone if it is in a block (one of several sibling modules of a class with
+    A matrix that no group cuts counts as skipped if it is in a block (one of several sibling modules of a class with
     at least two weight matrices each), or, in a model without blocks, if `skipped` lists it. Embeddings, position
     tables, output heads and all else are outside. Biases go with the matrix of their layer; norms are outside.
 
     Args:
         model: the model.
         groups: its groups.
-        skipped: parts that were left alone, with reasons.
+        skipped: parts of the model that are in no group, with reasons.
         macs: module name -> its own multiply-adds, without those of its submodules.
     """
     copies = momentum_prefixes(model)
@@ -100,13 +97,13 @@ def coverage(
     for name, parameter in named.items():
         layer = name.rpartition(".")[0]
         if name in cut:
-            where[name] = "units"
+            where[name] = "groups"
         elif parameter.dim() > 1 and not isinstance(model.get_submodule(layer), nn.Embedding):
             inside = any(f"{layer}.".startswith(block) for block in blocks)
             reason = _reason(layer, described, blocks)
             explained = reason is not None and reason not in _OF_HEADS
             if (explained and not blocks) or (inside and (explained or name.endswith("weight"))):
-                where[name], reasons[name] = "left alone", reason or UNKNOWN
+                where[name], reasons[name] = "skipped", reason or UNKNOWN
     beside = {name.rpartition(".")[0]: place for name, place in where.items()}
     for name in named:
         if name not in where:

@@ -22,11 +22,11 @@ from upop.pruning.groups import Group, Skipped, Slice, tensor_of
 @renamed_attributes(units="groups")
 @dataclass(frozen=True)
 class Prunable:
-    """The result of `find_prunable`: the groups, and the parts that were left alone.
+    """The result of `find_prunable`: the groups, and the parts that were skipped.
 
     Attributes:
         groups: in forward order.
-        skipped: parts that look prunable and are left alone, with reasons.
+        skipped: parts that look prunable but are in no group, with reasons.
         source: the model and its example.
     """
 
@@ -36,7 +36,7 @@ class Prunable:
 
     @property
     def coverage(self) -> Coverage:
-        """The shares of the model's parameters in groups, left alone and outside; of multiply-adds with an example.
+        """The shares of the model's parameters in groups, skipped and outside; of multiply-adds with an example.
 
         Raises:
             LayoutError: the model of this result is not known.

@@ -10,6 +10,7 @@ from typing import Any
 
 from upop.pruning.counting import Sizes
 from upop.pruning.errors import SettingError
+from upop.pruning.file_keys import PROFILE, VERSION, current, is_readable
 from upop.pruning.groups import Group
 
 
@@ -74,10 +75,10 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         """Return the profile as JSON values."""
         layers = [
-            {"units": list(each.groups), "size": each.size, "sizes": list(each.sizes), "saved_ms": list(each.saved)}
+            {"groups": list(each.groups), "size": each.size, "sizes": list(each.sizes), "saved_ms": list(each.saved)}
             for each in self.layers
         ]
-        return {"version": _VERSION, "dense_ms": self.dense, "about": dict(self.about), "layers": layers}
+        return {"version": VERSION, "dense_ms": self.dense, "about": dict(self.about), "layers": layers}
 
     @classmethod
     def from_json(cls, content: Any) -> Profile:
@@ -86,12 +87,13 @@ class Profile:
         Raises:
             SettingError: it is no profile.
         """
+        content = current(content, PROFILE)
         try:
-            if content["version"] != _VERSION:
+            if not is_readable(content["version"]):
                 raise ValueError(f"version {content['version']!r}")
             layers = tuple(
                 Layers(
-                    tuple(map(str, each["units"])),
+                    tuple(map(str, each["groups"])),
                     int(each["size"]),
                     tuple(map(int, each["sizes"])),
                     tuple(map(float, each["saved_ms"])),
@@ -107,9 +109,6 @@ class Profile:
                 f"This is no profile as `upop profile` writes it: {error!r}. Measure the model again."
             ) from error
         return found
-
-
-_VERSION = 1
 
 
 def _is_table(layers: Layers) -> bool:

@@ -12,13 +12,12 @@ from torch import nn
 
 from upop.pruning.deprecated import renamed_arguments, renamed_attributes
 from upop.pruning.errors import PlanError, nearest
+from upop.pruning.file_keys import PLAN, VERSION, current, is_readable
 from upop.pruning.groups import Group, tensor_of
 from upop.pruning.json_text import parse_json
 from upop.pruning.known import sized
 from upop.pruning.prunable import find_groups
 from upop.pruning.written import as_json, from_json
-
-_VERSION = 1
 
 
 @renamed_attributes(units="groups")
@@ -68,7 +67,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         groups = {name: {"size": self.sizes[name], "kept": list(kept)} for name, kept in self.kept.items()}
-        content = {"version": _VERSION, "settings": dict(self.settings), "units": groups}
+        content = {"version": VERSION, "settings": dict(self.settings), "groups": groups}
         return json.dumps(content | ({"slices": dict(self.slices)} if self.slices else {}), indent=1)
 
     @classmethod
@@ -79,17 +78,19 @@ class Plan(Mapping[str, tuple[int, ...]]):
             PlanError: the text is not a plan, or is of a later version.
         """
         try:
-            content = parse_json(text, nan=True)
+            content = current(parse_json(text, nan=True), PLAN)
             version = content["version"]
-            groups = content["units"]
+            if not is_readable(version):
+                raise PlanError(f"The plan has version {version!r}; this upop reads 1 to {VERSION}. Update upop.")
+            groups = content["groups"]
             kept = {name: tuple(_channel(channel) for channel in group["kept"]) for name, group in groups.items()}
             sizes = {name: _channel(group["size"]) for name, group in groups.items()}
             settings = dict(content.get("settings", {}))
             slices = dict(content.get("slices", {}))
+        except PlanError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"Expected a plan as Plan.to_json writes it, found {text[:60]!r}: {error!r}.") from error
-        if isinstance(version, bool) or version != _VERSION:
-            raise PlanError(f"The plan has version {version!r}; this upop reads version {_VERSION}. Update upop.")
         return cls(kept, sizes, settings, slices)
 
     def groups(self, model: nn.Module) -> list[Group]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import nn
 
+from upop.pruning.file_keys import GROUP, current
 from upop.pruning.groups import (
     Attribute,
     Channel,
@@ -24,8 +25,6 @@ from upop.pruning.groups import (
 
 T = TypeVar("T", Slice, Attribute)
 
-_KEYS = {"channel": "entry"}
-"""Fields that are called otherwise in files, which keep the keys of the first version."""
 _MODALITIES = ("vision", "text", "other")
 _MOST = 2**14
 """Slices, attributes or classes of one group."""
@@ -45,7 +44,7 @@ def as_json(group: Group) -> dict[str, Any] | None:
     """Return a group as JSON values; None if a swapped class has no name."""
     if any(not swap.how for swap in group.swaps):
         return None
-    content = {_KEYS.get(field.name, field.name): getattr(group, field.name) for field in fields(group)}
+    content = {field.name: getattr(group, field.name) for field in fields(group)}
     content["slices"] = [_without_defaults(part) for part in group.slices]
     content["attributes"] = [_without_defaults(part) for part in group.attributes]
     content["swaps"] = [{"module": swap.module, "how": swap.how} for swap in group.swaps]
@@ -89,9 +88,9 @@ def from_json(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> G
     Raises:
         ValueError: it is no group of the model; the message says why.
     """
-    values = _fields_of(Group, content)
+    values = _fields_of(Group, current(content, GROUP))
     _one_of("kind", values["kind"], get_args(Kind))
-    _one_of("entry", values.get("channel", "dimension"), get_args(Channel))
+    _one_of("channel", values.get("channel", "dimension"), get_args(Channel))
     _one_of("modality", values["modality"], _MODALITIES)
     name = values["name"] if values["name"] == "" else _text("name", values["name"])  # "" is the model itself
     _whole("size", values["size"], 1)
@@ -185,8 +184,7 @@ def _record(kind: type[T], content: Any) -> T:
 
 
 def _fields_of(kind: type[Any], content: Any) -> Mapping[str, Any]:
-    names = {key: name for name, key in _KEYS.items()}
-    values = {names.get(key, key): value for key, value in _mapping(kind.__name__, content).items()}
+    values = _mapping(kind.__name__, content)
     known = {each.name: each.default is MISSING for each in fields(kind)}
     unknown = [str(name) for name in values if name not in known]
     if unknown:

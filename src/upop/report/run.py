@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from upop.errors import DataError, SettingError, nearest
 from upop.examples import FILE as EXAMPLES
 from upop.examples import Examples
 from upop.files import is_file
+from upop.pruning.file_keys import FOLDER, current
 from upop.pruning.groups import Kind
 from upop.reading import read_lines, read_object, reason
 from upop.report.results import Results
@@ -49,7 +50,7 @@ class _Group(BaseModel):
 
     kind: Kind
     modality: str
-    channels: int = Field(ge=0, validation_alias=AliasChoices("channels", "entries"))
+    channels: int = Field(ge=0)
     of: int | None = Field(ge=1)
 
 
@@ -57,6 +58,11 @@ class _Description(BaseModel):
     """The layout in upop.json."""
 
     layout: Mapping[str, _Group] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_today(cls, content: Any) -> Any:
+        return current(content, FOLDER)
 
 
 class _Row(BaseModel):

@@ -21,9 +21,13 @@ from torch import Tensor
 
 from upop.errors import CheckpointError
 from upop.files import make_folder, replacing_file
+from upop.pruning.file_keys import Keys, current
 
-_FORMAT = 2
-_UNSEALED = 1  # upop 0.1.0 wrote it, without a checksum
+_FORMAT = 3
+_UNSEALED = 1  # without a checksum
+_READ = (_UNSEALED, 2, _FORMAT)
+_KEYS = Keys({"records_per_step": "samples_per_step"}, {"identity": Keys(each={"data": Keys({"pictures": "images"})})})
+"""Keys of formats 1 and 2 that changed."""
 _NAME = "step-{:08d}.pt"
 _NUMBER = re.compile(r"step-(\d{8,12})\.pt")
 _SEAL = b"\nupop sha256 "
@@ -119,8 +123,9 @@ class Checkpoints:
         try:
             sealed = _is_sealed(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _UNSEALED):
-                raise ValueError(f"it is not of format {_FORMAT}")
+            if not isinstance(content, dict) or content.get("format") not in _READ:
+                raise ValueError(f"it is not of format {_FORMAT} or earlier")
+            content = dict(current(content, _KEYS))
             if not sealed:
                 _check_unsealed(path, content)
             if whole or not sealed:
@@ -222,7 +227,7 @@ def check_whole(content: Mapping[str, Any]) -> None:
         _typed(content, name, kinds)
     earlier = "pruner" in content and "compression" not in content  # of an earlier version
     _typed(content, "pruner" if earlier else "compression", (dict, _NONE))
-    for name in ("records_per_step", "accumulate", "batches"):
+    for name in ("samples_per_step", "accumulate", "batches"):
         if content[name] < 1:
             raise ValueError(f"{name} is {content[name]}")
     for field in fields(Position):
@@ -248,7 +253,7 @@ _NONE = type(None)
 _FIELDS: dict[str, _Kinds] = {
     "settings": dict,
     "task": str,
-    "records_per_step": int,
+    "samples_per_step": int,
     "accumulate": int,
     "batches": int,
     "place": dict,

@@ -102,7 +102,7 @@ class Loop:
             if self._position.batch == resumed["batches"]:
                 self._position.batch = len(self._train)
             else:
-                samples = self._position.batch * resumed["records_per_step"] // resumed["accumulate"]
+                samples = self._position.batch * resumed["samples_per_step"] // resumed["accumulate"]
                 self._position.batch = samples // self._train.total_batch_size
 
     @property
@@ -370,7 +370,7 @@ class Loop:
                     "settings": self._settings.model_dump(mode="json"),
                     "task": self._task.name,
                     "identity": self._identity,
-                    "records_per_step": self.samples_per_step,
+                    "samples_per_step": self.samples_per_step,
                     "accumulate": self._settings.accumulate,
                     "batches": len(self._train),
                     "place": asdict(self._position),
@@ -409,9 +409,9 @@ class Loop:
         ]
         if state["task"] != self._task.name:
             differing = [f"the task was {state['task']} and is {self._task.name}"]
-        elif state["records_per_step"] != self.samples_per_step:
+        elif state["samples_per_step"] != self.samples_per_step:
             differing.append(
-                f"a step had {state['records_per_step']} samples (batch_size_train x accumulate x processes) and "
+                f"a step had {state['samples_per_step']} samples (batch_size_train x accumulate x processes) and "
                 f"has {self.samples_per_step}"
             )
         if differing:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from upop.errors import CheckpointError
+from upop.pruning.file_keys import FOLDER, VERSION, current, is_readable
 from upop.reading import read_object
 from upop.sources import file_digest
 from upop.values import Checked, problems, shortened
@@ -20,7 +21,7 @@ _PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{1,1000}$"
 
 FILE = "upop.json"
 WEIGHTS = "model.safetensors"
-FORMAT = 1
+FORMAT = VERSION
 MOST_LAYERS = 2**12
 """Largest number of layers that a description may ask for."""
 
@@ -37,7 +38,7 @@ class GroupLayout(Read):
     kind: str
     modality: str | None = None
     heads: int | None = None
-    channels: int = Field(ge=0, validation_alias=AliasChoices("channels", "entries"))
+    channels: int = Field(ge=0)
     of: int | None = Field(None, ge=1)
 
 
@@ -57,13 +58,24 @@ class Description(Read):
     versions: dict[str, str] | None = None
     weights: dict[str, str] | None = None
     preparation: dict[str, Any] | None = None
-    groups: dict[str, dict[str, Any]] | None = Field(None, validation_alias=AliasChoices("groups", "units"))
+    groups: dict[str, dict[str, Any]] | None = None
     tokens: list[list[int]] | None = None
     vocabulary: list[int] | None = None
 
 
 def read_description(folder: Path) -> Description:
-    """Read `upop.json`.
+    """Read and validate `upop.json`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or written by a later upop.
+    """
+    content = read_content(folder)
+    with read_from(str(folder / FILE)):
+        return Description.model_validate(content)
+
+
+def read_content(folder: Path) -> dict[str, Any]:
+    """Read `upop.json` of any version, under today's keys.
 
     Raises:
         CheckpointError: it is missing, damaged, or written by a later upop.
@@ -75,12 +87,11 @@ def read_description(folder: Path) -> Description:
             "under best/)."
         )
     content = read_object(path, CheckpointError, "Write the model again.", nan=True)
-    if content.get("format") != FORMAT:
+    if not is_readable(content.get("format")):
         raise CheckpointError(
-            f"{path} has format {shortened(content.get('format'))}; this upop reads {FORMAT}. Update upop."
+            f"{path} has format {shortened(content.get('format'))}; this upop reads 1 to {FORMAT}. Update upop."
         )
-    with read_from(str(path)):
-        return Description.model_validate(content)
+    return dict(current(content, FOLDER))
 
 
 @contextmanager

@@ -355,7 +355,7 @@ class _Reader:
         """Return the number of heads of the dense attentions, from the plan if heads were pruned."""
         name, planned = f"{prefix}transformer.resblocks.0.attn", self._plan
         group = {} if planned is None else planned.slices.get(name, {})
-        if planned is not None and group.get("entry") == "head":
+        if planned is not None and group.get("channel") == "head":
             return planned.sizes[name]
         return int(transformer.resblocks[0].attn.num_heads)
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upop.checkpoints.files.description import read_content
 from upop.checkpoints.files.hub import is_hub_name
 from upop.errors import CheckpointError
 from upop.files import rewrite_text
 from upop.plain import one_line, plain
 from upop.pruning.goal import format_reached
 from upop.pruning.round_to import format_round_to
-from upop.reading import read_object
 
 FILE = "README.md"
 _MEANING = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
@@ -77,7 +77,7 @@ def write_card(folder: Path, story: Story) -> None:
     """
     path = folder / "upop.json"
     try:
-        text = card(read_object(path, CheckpointError, "Write the model again.", nan=True), story=story)
+        text = card(read_content(folder), story=story)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}. Write the model again.") from error
     rewrite_text(folder, FILE, text)
@@ -187,7 +187,7 @@ def _kept(layout: Mapping[str, Mapping[str, Any]]) -> str:
     def share(modality: str | None, kind: str | None) -> str:
         mine = [group for group in groups if modality in (None, group["modality"]) and kind in (None, group["kind"])]
         size = sum(group["of"] for group in mine)
-        return f"{100 * sum(group['entries'] for group in mine) / size:.1f} %" if size else "-"
+        return f"{100 * sum(group['channels'] for group in mine) / size:.1f} %" if size else "-"
 
     columns = [*((_KINDS[kind], kind) for kind in kinds), *([("all", None)] if len(kinds) > 1 else [])]
     rows = [[_cell(modality), *(share(modality, kind) for _, kind in columns)] for modality in modalities]

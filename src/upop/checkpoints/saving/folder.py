@@ -105,7 +105,7 @@ def save(
         **built,
         "plain": plain or in_timm is not None,
         "layout": {group.name: _group(group, dense.get(group.name)) for group in groups},
-        "units": _written(model, groups, {} if plain else dense, None if plain else given),
+        "groups": _written(model, groups, {} if plain else dense, None if plain else given),
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "tokens": removed_tokens(model),
@@ -271,7 +271,7 @@ def _dense_sizes(model: nn.Module, groups: Sequence[Group], plan: Plan | None) -
 
 
 def _group(group: Group, dense: int | None) -> dict[str, Any]:
-    return {"kind": group.kind, "modality": group.modality, "heads": group.heads, "entries": group.size, "of": dense}
+    return {"kind": group.kind, "modality": group.modality, "heads": group.heads, "channels": group.size, "of": dense}
 
 
 def _written(model: nn.Module, groups: Sequence[Group], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:

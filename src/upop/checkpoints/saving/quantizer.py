@@ -38,11 +38,11 @@ from upop.errors import CheckpointError, SettingError
 from upop.models import kind_of
 from upop.pruning import find_prunable
 from upop.pruning.carried import Record, keep_record
+from upop.pruning.file_keys import RECORD, VERSION, current, is_readable
 from upop.pruning.words import true_class
 from upop.pruning.written import as_json, renamed
 
 METHOD = "upop"
-_FORMAT = 1
 _ORDINARY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LOADED = "_is_hf_initialized"  # set by transformers on parameters that were loaded, or tied to such
 _ALIGNMENT = 64  # bytes; that of tensors that torch allocates
@@ -77,23 +77,23 @@ class UpopConfig(QuantizationConfigMixin):
     def __init__(
         self,
         kept: Mapping[str, Any] | None = None,
-        format: int = _FORMAT,
+        format: int = VERSION,
         upop_version: str = "",
         groups: Mapping[str, Any] | None = None,
         **_other: Any,
     ) -> None:
-        if format != _FORMAT:
+        if not is_readable(format):
             raise CheckpointError(
                 f"The model's quantization_config has format {format!r}, written by upop {upop_version or '?'}; this "
-                f"upop reads {_FORMAT}. Update upop."
+                f"upop reads 1 to {VERSION}. Update upop."
             )
         self.quant_method: Any = METHOD  # an enumeration of transformers' own methods, in its own configurations
-        self.format = format
+        self.format = VERSION  # in which it will be written
         self.upop_version = upop_version or upop.__version__
         self.kept = sizes_from_json(kept, "The model's quantization_config")
         if not isinstance(groups, Mapping | None):
             raise CheckpointError("The model's quantization_config should describe every group. Write it again.")
-        self.groups = dict(groups or {})
+        self.groups = dict(current({"groups": groups or {}}, RECORD)["groups"])
 
 
 class UpopQuantizer(HfQuantizer):
