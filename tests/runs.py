@@ -143,7 +143,7 @@ def _generated(name: str) -> tuple[tempfile.TemporaryDirectory[str], Summary]:
     return held, write_shapes(name, Path(held.name) / "data", seed=3, size=64, image_size=32)
 
 
-def _copied(name: str, folder: Path) -> Summary:
+def copied(name: str, folder: Path) -> Summary:
     _, made = _generated(name)
     shutil.copytree(made.folder, folder)
     return replace(made, folder=folder)
@@ -160,7 +160,7 @@ def make_task(name: str, folder: Path, **settings: Any) -> Path:
     Returns:
         The file of settings.
     """
-    data = _copied(_DATA.get(name, name), folder / "data")
+    data = copied(_DATA.get(name, name), folder / "data")
     if name == "nlvr":  # whose generated splits are long, and evaluating them would be most of a run
         for file in (data.annotation / f"nlvr_{split}.json" for split in ("dev", "test")):
             file.write_text(json.dumps(json.loads(file.read_text())[:HELD_OUT]))

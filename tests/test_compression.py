@@ -349,7 +349,7 @@ def test_scaled_gradients() -> None:
 @since("torch", "2.15", "its compiler warns where it asks for autocast")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
 def test_compiled_models_go_on_compiled() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, plain = VIT.build(), VIT.build()
     compiled: Any = torch.compile(model, backend="eager")
     losses = []
@@ -358,7 +358,7 @@ def test_compiled_models_go_on_compiled() -> None:
         losses.append(trained(net, compression, torch.optim.SGD(inner.parameters(), lr=0.05), range(6)))
         compression.finish()
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_accelerate_accumulates() -> None:

@@ -226,7 +226,7 @@ class Distillation:
             if own is None:
                 calls.append(None)
                 return
-            calls.append(_difference(own, output.detach(), self._mask(own.shape[:-1])))
+            calls.append(feature_loss(own, output.detach(), self._mask(own.shape[:-1])))
 
     def _keep(self, output: Any, taught: Any) -> None:
         # If a norm was called a different number of times, its calls cannot be paired.
@@ -429,7 +429,7 @@ def _like(aim: Tensor, own: Tensor, unmerge: Unmerge | None) -> Tensor | None:
     return own if own.shape == aim.shape else None
 
 
-def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
+def feature_loss(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over samples of the mean square of `own - aim` as a share of that of `aim`.
 
     It is computed per sample, so that it does not depend on how a batch is split over steps or processes.

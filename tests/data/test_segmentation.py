@@ -21,6 +21,7 @@ from upop.data.segmentation_transforms import (
     Normalise,
     TrainCrop,
     photometric_jitter,
+    saturate,
     scaled_size,
     turn_hue,
 )
@@ -253,15 +254,13 @@ def test_jitter_changes_light_and_nothing_else() -> None:
 
 
 def test_saturation_leaves_the_brightest_channel() -> None:
-    from upop.data.segmentation_transforms import _saturate
-
     image = torch.rand(3, 6, 6)
     for factor in (0.5, 1.0, 1.5, 50.0):
-        found = _saturate(image, factor)
+        found = saturate(image, factor)
         assert float(found.min()) >= -1e-6
         torch.testing.assert_close(found.amax(0), image.amax(0))
-    torch.testing.assert_close(_saturate(image, 1.0), image)
-    torch.testing.assert_close(_saturate(image, 0.0), image.amax(0).expand(3, -1, -1))
+    torch.testing.assert_close(saturate(image, 1.0), image)
+    torch.testing.assert_close(saturate(image, 0.0), image.amax(0).expand(3, -1, -1))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_compiled_before_the_search_and_after_the_cut(classifier: Any, image_set
     with torch.no_grad():
         found = compiled(pixel_values=images).logits  # the old wrapper sees the new, smaller layers
         torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-5)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         again = torch.compile(classifier, backend="aot_eager")(pixel_values=images).logits
         torch.testing.assert_close(again, masked, rtol=1e-4, atol=1e-5)
 

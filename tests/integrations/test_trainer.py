@@ -113,7 +113,7 @@ def test_it_is_the_loop_by_hand(classifier: Any, image_set: Any, tmp_path: Path,
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
 def test_a_model_that_the_trainer_compiles_is_corrected_from_the_first_step_on(image_set: Any, tmp_path: Path) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     found = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model, callback = clip(), TrainerCallback(ratio=0.5, search=1, teacher=False)
@@ -128,7 +128,7 @@ def test_a_model_that_the_trainer_compiles_is_corrected_from_the_first_step_on(i
     assert compiled_plan == plan
     for name, value in weights.items():
         torch.testing.assert_close(compiled_weights[name], value, rtol=1e-5, atol=1e-6)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def _kept(found: Any, seen: list[Any]) -> Any:

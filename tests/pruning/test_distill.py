@@ -24,7 +24,7 @@ from pruning import distill_ranks
 from pruning.families import BY_NAME, NLVR, VIT, Family, finished_pruner, loss_of
 from tiers import mostly_slow
 from together import run_together
-from upop.distillation import _difference
+from upop.distillation import feature_loss
 from upop.errors import LayoutError, SettingError, StepError
 from upop.models.checkpointing import checkpoint_blocks
 
@@ -415,7 +415,7 @@ def test_differences_are_not_kept_in_float32() -> None:
     mask = torch.tensor([[True] * 3 + [False] * 2] * 4)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
-        loss = _difference(own, aim, mask)
+        loss = feature_loss(own, aim, mask)
     assert not [each for each in kept if each.dtype == torch.float32 and each.shape == own.shape]
     loss.backward()
     one, other = own.detach().float().requires_grad_(), aim.float()

@@ -262,7 +262,7 @@ class Counting:
 
 
 def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, plain, counting = VIT.build(), VIT.build(), Counting()
     compiled: Any = torch.compile(model, backend=counting, fullgraph=True)
     pruner, expected = upop.Pruner(compiled, 0.5, 12, 6), upop.Pruner(plain, 0.5, 12, 6)
@@ -278,7 +278,7 @@ def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() ->
     before = counting.runs
     assert difference(outputs_of(compiled, VIT.inputs()), outputs_of(plain, VIT.inputs())) < 1e-12
     assert counting.runs == before + 1
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
@@ -289,7 +289,7 @@ def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() ->
     ),
 )
 def test_what_is_compiled_is_looked_at_and_other_compiled_code_stays_compiled(way: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counting, others = Counting(), Counting()
     model, plain, other = VIT.build(), VIT.build(), torch.compile(nn.Linear(2, 2), backend=others)
     called: Any = model
@@ -320,12 +320,12 @@ def test_what_is_compiled_is_looked_at_and_other_compiled_code_stays_compiled(wa
     outputs_of(called, VIT.inputs()), other(torch.ones(1, 2))
     assert counting.runs > before[0]
     assert others.runs == before[1] + 1
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
 def test_compiled_functions_that_do_not_run_the_model_go_on_compiled_after_its_first_step() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counting, model = Counting(), VIT.build()
     other = torch.compile(lambda value: value * 2, backend=counting)
     pruner, runs = upop.Pruner(model, 0.5, 4, 4), []
@@ -336,18 +336,18 @@ def test_compiled_functions_that_do_not_run_the_model_go_on_compiled_after_its_f
         other(torch.ones(2))
         runs.append(counting.runs)
     assert runs == [1, 2, 3, 4]
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_nothing_is_left_of_a_search_that_was_let_go_of() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counting, model = Counting(), VIT.build()
     compiled = torch.compile(model, backend=counting)
     upop.Pruner(compiled, 0.5, 4, 1)
     gc.collect()
     compiled(**VIT.inputs())
     assert counting.runs == 1
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_copies_of_a_model_that_is_looked_at_are_not() -> None:

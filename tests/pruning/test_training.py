@@ -208,7 +208,7 @@ def test_masks_keep_no_more_for_the_backward_pass() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("progress", "backend"), [("soft", "eager"), ("stages", "aot_eager")])
 def test_compiled_models_see_masks_move(progress: Any, backend: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     plain, inputs = VIT.build(), VIT.inputs(3)
     model = VIT.build()
     compiled = torch.compile(model, backend=backend)
@@ -228,12 +228,12 @@ def test_compiled_models_see_masks_move(progress: Any, backend: str) -> None:
     assert pruner.shrink(verify=inputs) is model
     expected.shrink(verify=inputs)
     assert difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) < 1e-12
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @since("torch", "2.7", "its compiler raises warnings about functions of autograd")
 def test_compiled_models_notice_that_masks_are_gone() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, inputs = VIT.build(), VIT.inputs()
     before = outputs_of(model, inputs)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -243,7 +243,7 @@ def test_compiled_models_notice_that_masks_are_gone() -> None:
     assert difference(masked, before) > 1e-3
     pruner.remove()
     assert difference(outputs_of(compiled, inputs), before) < 1e-12
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

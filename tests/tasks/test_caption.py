@@ -41,13 +41,13 @@ def _without_the_extra() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "HAS_COCO", False)
         patch.setattr(CaptionTask, "metric", "bleu4")
-        patch.setattr(scores, "_MORE", [])  # what commands of other tests registered
+        patch.setattr(scores, "REGISTERED", [])  # what commands of other tests registered
         yield
 
 
 @pytest.fixture(autouse=True)
 def _told_again() -> None:
-    scores._notify.cache_clear()
+    scores.warn_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_exact_captions_describe_all_and_nothing_false() -> None:
 
 
 def test_commands_score_captions_of_generated_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "_MORE", [])
+    monkeypatch.setattr(scores, "REGISTERED", [])
     captions, references = {1: "a red circle"}, {1: ["a small red circle at the top"]}
     assert "exact" not in caption_scores(captions, references)
     for _ in range(2):

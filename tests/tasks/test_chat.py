@@ -65,17 +65,14 @@ def test_compress_load_and_evaluate(tmp_path: Path) -> None:
     assert shown.images and shown.prompt == "What colour is this?" and shown.truth is not None
     assert set(shown.answers) == {"dense", small.name}
     best = tmp_path / "out" / "best"
-    one, other = upop.load(best), transformers.AutoModelForImageTextToText.from_pretrained(best)
-    batch = find_task("chat").example(mark(one, best), 1)
+    given = settings(best, data, tmp_path / "again")
+    one = find_task("chat").load(best, given)
+    other = transformers.AutoModelForImageTextToText.from_pretrained(best)
+    batch = find_task("chat").example(one, 1)
     written = [each.eval().generate(**batch, max_new_tokens=4, do_sample=False) for each in (one, other)]
     assert torch.equal(*written)
-    again = evaluate_checkpoint(find_task("chat"), settings(best, data, tmp_path / "again").as_evaluated())
+    again = evaluate_checkpoint(find_task("chat"), given.as_evaluated())
     assert again is not None and "test" in again.models[0].metrics
-
-
-def mark(model: Any, folder: Path) -> Any:
-    model._upop_folder = str(folder)
-    return model
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -227,10 +224,10 @@ def test_every_family_is_pruned_saved_loaded_and_writes_the_same(family: str, tm
     results = prune(task, settings(model, data, tmp_path / "small", samples=8))
     dense, pruned = results.models
     assert pruned.parameters < dense.parameters
-    one = upop.load(tmp_path / "small")
+    one: Any = task.load(tmp_path / "small", settings(tmp_path / "small", data, tmp_path / "out"))
     kind = getattr(transformers, type(one).__mro__[0].__name__)
     other = kind.from_pretrained(tmp_path / "small").eval()
-    batch = task.example(mark(one, tmp_path / "small"), 1)
+    batch = task.example(one, 1)
     asked = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
     written = [each.generate(**asked, max_new_tokens=4, do_sample=False) for each in (one, other)]
     assert torch.equal(*written)

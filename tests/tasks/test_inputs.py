@@ -80,7 +80,7 @@ def resolve(task: str, path: Path, **given: Any) -> tuple[Any, list[str]]:
 @pytest.fixture(scope="module")
 def retrieval(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Where the generated images and captions are."""
-    data = runs._copied("retrieval", tmp_path_factory.mktemp("data") / "data")
+    data = runs.copied("retrieval", tmp_path_factory.mktemp("data") / "data")
     roots = {name: value for name, value in data.settings.items() if name.endswith("_root")}
     return {**roots, "device": "cpu", "num_workers": 0, "batch_size_test": 16, "examples": 0}
 
@@ -221,7 +221,7 @@ def test_classifiers_of_other_libraries(
     tmp_path: Path, make: Callable[[Path], Path], mean: Any, interpolation: str, resize: str, ratio: float
 ) -> None:
     folder = make(tmp_path / "model")
-    data = runs._copied("classification", tmp_path / "data").settings
+    data = runs.copied("classification", tmp_path / "data").settings
     for label in ("train", "val", "test"):  # as many classes as the model has
         for extra in sorted((Path(data["data_path"]) / label).iterdir())[3:]:
             for image in extra.iterdir():

