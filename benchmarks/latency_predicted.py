@@ -6,6 +6,10 @@ measured beside the dense one, which takes turns with it; the fastest pass of ea
 (`--clock wall` for a machine of one's own); the load beside stands in the results. Rows that are there are kept.
 
     taskset -c 1 python benchmarks/latency_predicted.py --models deit-s --batches 1 16 --runtimes eager onnxruntime
+    taskset -c 1 python benchmarks/latency_predicted.py --models deit-s --batches 1 --runtimes eager --target 0.25
+
+With --target, cuts are those that `upop.calibrate` plans for this share of the latency, with depth and without;
+"realised" is the speed-up that is measured over the one that was planned.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import upop
 from latency import MODELS
+from upop.errors import SettingError
 from upop.files import write_json
 from upop.machine import machine
 from upop.profiling import RUNTIMES, in_runtime, profile_model
@@ -72,6 +77,48 @@ def measure(name: str, batch: int, runtime: str, points: int, repeats: int, cloc
     return {"model": name, "batch": batch, "runtime": runtime, "dense_ms": profile.dense, "cuts": rows}
 
 
+def realise(
+    name: str, batch: int, runtime: str, share: float, points: int, repeats: int, clock: Clock
+) -> dict[str, Any]:
+    """Return what is realised of the speed-up that plans for a target in milliseconds predict."""
+    torch.manual_seed(0)
+    model, make = MODELS[name]()
+    inputs = make(batch)
+    profile = profile_model(model.eval(), inputs, runtime=runtime, points=points, repeats=repeats, clock=clock)
+    groups = upop.find_groups(model, inputs)
+    rows = []
+    for depth in (False, True):
+        cut = copy.deepcopy(model)
+        know_as(cut, model)
+        plan: dict[str, Any] = {"target": {"latency": share}, "profile": profile, "depth": depth, "example": inputs}
+        try:
+            found = upop.calibrate(cut, [make(2)], loss=_loss, stages=1, correct=False, verify=False, **plan)
+        except SettingError as error:
+            rows.append({"depth": depth, "refused": str(error)})
+            continue
+        both = {"dense": in_runtime(inputs, runtime, model), "cut": in_runtime(inputs, runtime, cut.eval())}
+        took = measure_latency(both, inputs, repeats=2 * repeats, warmup=min(3, repeats), clock=clock, summary=min)
+        predicted = profile.dense / Latency(profile, groups).at({each: len(kept) for each, kept in found.items()})
+        measured = took["dense"] / took["cut"]
+        rows.append({"depth": depth, "predicted": predicted, "measured": measured, "realised": measured / predicted})
+    return {
+        "model": name,
+        "batch": batch,
+        "runtime": runtime,
+        "target": share,
+        "dense_ms": profile.dense,
+        "plans": rows,
+    }
+
+
+def _loss(model: nn.Module, inputs: Any) -> Tensor:
+    made = model(**inputs)
+    outputs = getattr(made, "logits", made)
+    return torch.stack(
+        [each.float().square().mean() for each in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    ).sum()
+
+
 def main() -> None:
     """Measure, and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,18 +128,20 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS / "latency_predicted_cpu.json")
+    parser.add_argument("--target", type=float, help="measure plans for this share of the latency, not random cuts")
     parser.add_argument("--clock", choices=CLOCKS, default="processor")
     given = parser.parse_args()
     torch.set_num_threads(1)
     held = json.loads(given.out.read_text())["rows"] if given.out.is_file() else []
-    done = {(row["model"], row["batch"], row["runtime"]): row for row in held}
-    for case in itertools.product(given.models, given.batches, given.runtimes):
+    done = {(row["model"], row["batch"], row["runtime"], row.get("target")): row for row in held}
+    for case in itertools.product(given.models, given.batches, given.runtimes, [given.target]):
         if case in done:
             continue
         before = os.getloadavg()[0]
-        row = measure(*case, given.points, given.repeats, CLOCKS[given.clock])
+        how = (given.points, given.repeats, CLOCKS[given.clock])
+        row = measure(*case[:3], *how) if given.target is None else realise(*case, *how)
         done[case] = {**row, "clock": given.clock, "load": [before, os.getloadavg()[0]]}
-        errors = [cut["error"] for each in done.values() for cut in each["cuts"]]
+        errors = [cut["error"] for each in done.values() for cut in each.get("cuts", ())]
         found = {"machine": machine(torch.device("cpu")), "median_error": statistics.median(errors)}
         write_json(given.out, found | {"rows": list(done.values())})
         print(done[case], flush=True)
