@@ -50,18 +50,25 @@ def check(found: dict[str, Any], whole: int, share: float = SHARE) -> None:
     assert found["small"].name.endswith(f" {whole / small:.3g}x")
 
 
-def test_a_blip_loses_words_and_keeps_to_the_target_of_the_whole(tmp_path: Path) -> None:
-    config = runs.make_task("caption", tmp_path, batch_size_test=8, epochs=1)
+@pytest.mark.slow
+def test_a_blip_loses_words_and_keeps_to_the_target_of_the_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = runs.make_task("nlvr", tmp_path, epochs=1)
     (tmp_path / "texts.txt").write_text("a red circle above a blue square\n")
     quick = {"method": "one-shot", "examples": 0, "target": f"params={SHARE}", "vocabulary": tmp_path / "texts.txt"}
-    settings = read_settings(find_task("caption").settings, config, {**quick, "output_dir": tmp_path / "out"})
+    settings = read_settings(find_task("nlvr").settings, config, {**quick, "output_dir": tmp_path / "out"})
     dense = upop.load(str(settings.pretrained))
-    found = run("caption", settings)
+    found = run("nlvr", settings)
     check(found, count_parameters(dense))
+    (cut,) = [line for line in caplog.messages if line.startswith("cut; ")]  # it says both, whatever was asked for
+    assert f"{found['small'].parameters:,} of {count_parameters(dense):,} parameters" in cut
+    assert f"{1e9 * found['small'].gmacs:,.0f} of {1e9 * found['dense'].gmacs:,.0f} multiply-adds" in cut
     small, words = upop.load(tmp_path / "out" / "best"), load_tokenizer(tmp_path / "out" / "best")
     assert small.config.vocab_size == len(words) < dense.config.vocab_size  # type: ignore[union-attr]
     assert "[UNK]" not in words.tokenize("a red circle") and "[UNK]" in words.tokenize("yellow")
-    kept = read_settings(find_task("caption").settings, tmp_path / "out" / "settings.yaml", {})
+    kept = read_settings(find_task("nlvr").settings, tmp_path / "out" / "settings.yaml", {})
     assert (kept.pretrained, kept.vocabulary) == (settings.pretrained, settings.vocabulary)  # the run, as it was asked
 
 
@@ -126,6 +133,7 @@ def test_a_target_counts_words_that_went_in_python() -> None:
         upop.Pruner(model, steps=1, target={"params": 0.99})
 
 
+@pytest.mark.slow
 def test_a_task_without_words_refuses_it(tmp_path: Path) -> None:
     config = runs.make_task("classification", tmp_path)
     (tmp_path / "texts.txt").write_text("a red circle\n")

@@ -16,6 +16,7 @@ from upop.compression import Compression
 from upop.pruning import Plan, calibrate, count_parameters, plan_by_magnitude, shrink
 from upop.pruning.calibrate import check_budget
 from upop.pruning.goal import format_reached
+from upop.pruning.masks import unwrapped
 from upop.report.results import Results
 from upop.runs.adapters import Adapters
 from upop.runs.devices import round_to_for
@@ -98,7 +99,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
                 _evaluate_dense(run, loop, model)
                 if (rank := getattr(settings, "lora", None)) is not None:
                     run.adapters = Adapters(model, rank)
-                cut = partial(_keep_cut, run, model, average, compression)
+                cut = partial(_keep_cut, run, model, average, compression, dense_model)
                 loop.run(model, "search", planned.search, searching, compression, cut, average=average)
                 keep = run.keep_best(loop, model)
                 loop.run(model, "retrain", planned.retrain, retraining, compression, cut, keep, average)
@@ -154,7 +155,7 @@ def _compression(
             **_search_settings(task, settings),
         )
     if settings.method in ONE_SHOT_METHODS and not resuming:
-        _keep_cut(run, model, None, compression, run.before_retraining(model))
+        _keep_cut(run, model, None, compression, dense_model, run.before_retraining(model))
     return compression
 
 
@@ -194,7 +195,12 @@ def _evaluate_dense(run: Run, loop: Loop, model: nn.Module) -> None:
 
 
 def _keep_cut(
-    run: Run, model: nn.Module, average: ModelEmaV3 | None, compression: Compression, before_retraining: str = ""
+    run: Run,
+    model: nn.Module,
+    average: ModelEmaV3 | None,
+    compression: Compression,
+    dense_model: nn.Module,
+    before_retraining: str = "",
 ) -> None:
     """Save importance, plan and model right after the cut."""
     if average is not None and run.settings.method == "upop" and run.settings.correct:
@@ -205,6 +211,9 @@ def _keep_cut(
     run.folder.save_plan(plan)
     run.folder.save_model("last", model)
     reached = format_reached(plan.settings)
+    if "macs" not in plan.settings.get("reached", {}) and run.settings.sharding == "none":
+        dense, left = (1e9 * run.task.counts(each)["gmacs"] for each in (dense_model, unwrapped(model)))
+        reached += f", {left:,.0f} of {dense:,.0f} multiply-adds ({dense / (left or 1):.3g}x)"
     run.notify(f"cut; the outputs equal those of the masked model: {reached}{before_retraining}")
 
 
