@@ -91,7 +91,7 @@ def test_a_wrong_cut_is_refused_by_default(monkeypatch: pytest.MonkeyPatch, dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_without_a_copy_in_float64_rounding_is_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(SURGERY, "_MOST_COPIED", 0)
+    monkeypatch.setattr(SURGERY, "MOST_COPIED", 0)
     model = Net().to(dtype)
     pruner = searched(model, batch(dtype=dtype))
     with monkeypatch.context() as patched:
@@ -125,7 +125,7 @@ def rough() -> tuple[nn.Module, dict[str, list[int]]]:
 @pytest.mark.parametrize("copied", [True, False])
 def test_rounding_beyond_any_fixed_tolerance_passes(monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
     if not copied:
-        monkeypatch.setattr(SURGERY, "_MOST_COPIED", 0)
+        monkeypatch.setattr(SURGERY, "MOST_COPIED", 0)
     model, plan = rough()
     with torch.no_grad():
         masked = rough()[0]
@@ -143,7 +143,7 @@ def test_rounding_beyond_any_fixed_tolerance_passes(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("copied", [True, False])
 def test_a_wrong_cut_of_a_model_with_much_rounding_is_refused(monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
     if not copied:
-        monkeypatch.setattr(SURGERY, "_MOST_COPIED", 0)
+        monkeypatch.setattr(SURGERY, "MOST_COPIED", 0)
     model, plan = rough()
     misplaced(monkeypatch)
     with pytest.raises(VerificationError):

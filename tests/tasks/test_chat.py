@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from upop.runs.one_shot import towers
 from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
 from upop.tasks.chat import ChatSettings, chat_format
+from upop.tasks.estimate import check_memory, estimate
 from upop.tasks.prune import prune, task_for
 
 COLOURS = ("red", "green", "blue")
@@ -102,13 +105,21 @@ def test_wrong_inputs_are_answered(
 
 
 def test_an_optimizer_that_is_not_installed_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("upop.runs.evaluation.evaluate", pytest.fail)
     model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    asked = settings(model, data, tmp_path / "out", optimizer="paged_adamw8bit")
+    with pytest.raises(SettingError, match="paged_adamw8bit needs a CUDA device, and the run has none"):
+        compress(find_task("chat"), asked)
+    task, on_gpu, layer = find_task("chat"), asked.model_copy(update={"device": "cuda"}), torch.nn.Linear(2, 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
         MissingLibraryError, match=r"bitsandbytes, which is not installed. Run: pip install 'upop\[chat\]'"
     ):
-        compress(find_task("chat"), settings(model, data, tmp_path / "out", optimizer="paged_adamw8bit"))
+        task.adapt(layer, on_gpu, training=True)
+    stands_in = SimpleNamespace(AdamW8bit=torch.optim.SGD, PagedAdamW8bit=torch.optim.RAdam)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=stands_in))
+    assert type(task.optimizer(layer, on_gpu)) is torch.optim.RAdam
 
 
 def test_logits_alone_teach_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +223,44 @@ def test_a_dry_run_says_what_it_takes_of_memory(
     shown = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0 and says in shown and "The data are readable. Memory:" in shown
     assert "recovery of all weights" in shown and not (tmp_path / "out").exists()
+    assert "are Python, libraries and data" in shown and "Free now:" in shown
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    given = ["--data", str(data), "--device", "cpu"]
+    monkeypatch.setattr("upop.tasks.chat.ChatTask.load", lambda *_: pytest.fail("it is read"))
+    free = {"bytes": 1000}
+    monkeypatch.setattr("upop.tasks.estimate.free_bytes", lambda _device: free["bytes"])
+    for words in (["prune", str(model), "--out"], ["compress", "chat", "--model", str(model), "--output-dir"]):
+        monkeypatch.setattr("sys.argv", ["upop", *words, str(tmp_path / "none"), *given])
+        with pytest.raises(SystemExit):
+            main()
+        assert "needs at least" in (shown := "".join(capsys.readouterr())) and "are free on cpu" in shown
+        assert not (tmp_path / "none").exists()
+    # The numbers of a proof and the weights are what is sure; with more than these, the run is only warned of.
+    found = estimate(find_task("chat"), settings(model, data, tmp_path / "none"))
+    free["bytes"] = found.least(trained=False)
+    notes: list[str] = []
+    check_memory(find_task("chat"), settings(model, data, tmp_path / "none"), trained=False, notify=notes.append)
+    assert len(notes) == 1 and "is estimated to need" in notes[0]
+    free["bytes"] = found.one_shot()
+    check_memory(find_task("chat"), settings(model, data, tmp_path / "none"), trained=False, notify=notes.append)
+    assert len(notes) == 1
+
+
+def test_what_the_estimate_counts(tmp_path: Path) -> None:
+    """A copy in float64 where the model is small, for the groups on a CPU alone; the teacher with a training."""
+    model, data = chat_models.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    found = estimate(find_task("chat"), settings(model, data, tmp_path / "none"))
+    assert found.reading == 16 * found.parameters and found.proof > 8 * found.parameters
+    large = dataclasses.replace(found, parameters=7_000_000_000, device=torch.device("cuda"))
+    assert large.proof < large.weights and large.reading < 6 * 2**30
+    assert large.one_shot() < 1.3 * large.weights and large.one_shot() > large.weights
+    alone = dataclasses.replace(large, teacher=False)
+    assert large.recovery(adapters=True) - alone.recovery(adapters=True) == large.weights
 
 
 @pytest.mark.slow

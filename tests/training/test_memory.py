@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import runs
 from upop.errors import OutOfMemoryError, SettingError
 from upop.runs import batch as batch_module
+from upop.runs import memory
 from upop.runs.batch import find_batch_size
 from upop.runs.devices import make_accelerator
 from upop.runs.loaders import make_loader
@@ -153,6 +156,31 @@ def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest
     assert 2**20 < whole < 2**50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(torch.device("cpu")) < whole / 2  # others use the machine meanwhile
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_free_memory_is_what_the_control_group_of_the_process_leaves(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of 4 GiB, of which 3 are used, one of them for files that can be dropped: 2 are free."""
+    inside = tmp_path / ("memory/a" if version == "v1" else "a")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == "v1" else ("memory.max", "memory.current")
+    inside.mkdir(parents=True)
+    for name, count in zip(names, (4, 3), strict=True):
+        (inside / name).write_text(f"{count * 2**30}\n")
+    (inside / "memory.stat").write_text(f"cache 7\ninactive_file {2**30}\n")
+    (tmp_path / "cgroup").write_text("4:memory:/a\n0::/\n" if version == "v1" else "0::/a\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**40))
+    assert free_bytes(torch.device("cpu")) == 2 * 2**30
+
+
+def test_free_memory_is_what_the_limit_of_the_process_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    mapped = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (mapped + 2**28, mapped + 2**28))
+    assert 2**27 < free_bytes(torch.device("cpu")) <= 2**28 + 2**26
 
 
 @pytest.mark.parametrize(("count", "words"), [(3 * 2**29, "1.50 GiB"), (12 * 2**20, "12.00 MiB")])

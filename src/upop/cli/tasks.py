@@ -5,7 +5,7 @@ Deep learning libraries are imported when a command runs, so that its help is in
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -59,6 +59,7 @@ def train(
 
         explain(found, settings, "train")
         return
+    _check_memory(found, settings)
     from upop.runs import verbs
 
     verbs.train(found, settings)
@@ -132,6 +133,7 @@ def compress(
             f"--epoch {epoch}, as in the published commands, means {epoch} epochs of search and {epoch} of retraining, "
             f"the same as --epochs {2 * epoch}."
         )
+    _check_memory(found, settings)
     from upop.runs import verbs
 
     verbs.compress(found, settings)
@@ -164,6 +166,15 @@ def evaluate(
     from upop.tasks.row_settings import RowSettings
 
     verbs.evaluate_checkpoint(found, settings.as_evaluated() if isinstance(settings, RowSettings) else settings)
+
+
+def _check_memory(task: Any, settings: Any) -> None:
+    from upop.tasks.row_settings import RowSettings
+
+    if isinstance(settings, RowSettings):
+        from upop.tasks.estimate import check_memory
+
+        check_memory(task, settings, trained=True, notify=_note)
 
 
 def _prepare() -> None:

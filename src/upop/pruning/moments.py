@@ -58,8 +58,11 @@ def allowed_bytes(model: nn.Module, correct: Correct) -> float:
     """
     if correct is True:
         return float("inf")
-    weights = sum(each.nbytes for each in model.parameters())
-    device = next(model.parameters()).device
+    return least_allowed(sum(each.nbytes for each in model.parameters()), next(model.parameters()).device)
+
+
+def least_allowed(weights: int, device: torch.device) -> int:
+    """Return the bytes that the correction of a model may always take, for the bytes of its weights."""
     return max(weights // _SHARE, _SMALL if device.type == "cpu" else 0)
 
 

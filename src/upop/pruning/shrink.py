@@ -29,7 +29,7 @@ from upop.pruning.verify import Outputs, compare, narrowed, outputs_of, rounding
 from upop.pruning.whole import whole
 from upop.pruning.width import names_stream
 
-_MOST_COPIED = 2**28
+MOST_COPIED = 2**28
 """Numbers of a model that is copied in float64, 2 GiB of it, to prove a cut on; a larger one is compared as it is."""
 
 
@@ -402,7 +402,7 @@ def _proved_in_float64(model: nn.Module, groups: list[Group], plan: Mapping[str,
         return False  # what a function gives to the model, nobody else can make precise
     tensors = [*model.parameters(), *model.buffers()]
     numbers = sum(each.numel() for each in tensors if each.is_floating_point())
-    if numbers > _MOST_COPIED or all(each.dtype == torch.float64 for each in model.parameters()):
+    if numbers > MOST_COPIED or all(each.dtype == torch.float64 for each in model.parameters()):
         return False
 
     def precise(value: Any) -> Any:

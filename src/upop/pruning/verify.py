@@ -30,6 +30,8 @@ _ORDERS = 4
 """In how many other orders sums are taken before a difference is refused."""
 _ENDS, _ENDS_OF_PROVED, _LEAST = 4, 64, 1e-10
 """Differences of so many units in the last place need no measurement, nor do those of 1e-10 of the outputs."""
+_AT_ONCE = 2**22
+"""Elements that are compared at once: logits over a large vocabulary take as much memory as a model."""
 _LARGE = 1e-5
 """What of the outputs may be rounding where weights are in float64: a forward may compute in float32 all the same."""
 
@@ -226,9 +228,14 @@ def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
     """Return the largest difference of two tensors, and the largest of the elements that differ, in float64."""
     if torch.equal(one, other):
         return 0.0, 0.0
-    alike = (one == other) | ~one.isfinite()  # masks of -inf or of the smallest number are the same in both
-    a, b = (each.detach().masked_fill(alike, 0).cpu().double() for each in (one, other))
-    return float((a - b).abs().max()), float(a.abs().maximum(b.abs()).max())
+    worst = []
+    parts = (each.detach().flatten().split(_AT_ONCE) for each in (one, other))
+    for a, b in zip(*parts, strict=True):
+        alike = (a == b) | ~a.isfinite()  # masks of -inf or of the smallest number are the same in both
+        a, b = (each.masked_fill(alike, 0).cpu().double() for each in (a, b))
+        worst.append(torch.stack([(a - b).abs().max(), a.abs().maximum(b.abs()).max()]))
+    size, scale = torch.stack(worst).amax(0).tolist()
+    return size, scale
 
 
 def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,18 @@ from torch.utils._pytree import tree_leaves
 from upop.errors import OutOfMemoryError, UPopError
 from upop.settings import RunSettings
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 _CGROUP = Path("/sys/fs/cgroup")
+_OF_PROCESS = Path("/proc/self/cgroup")
+_LIMITS = {
+    "": ("memory.max", "memory.current", "memory.stat"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+}
+"""Files of a control group's memory, of both versions by their folder: the limit, the use, and what it is used for."""
 _PASSES = ("batch_size_test", "rerank_batch", "rank_chunk", "window_batch")
 """Settings that limit the memory of an evaluation; a task has some of them."""
 
@@ -30,13 +42,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, UPopError):
         return isinstance(error, OutOfMemoryError)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
+        isinstance(error, Exception)
+        and (should_reduce_batch_size(error) or os.strerror(errno.ENOMEM) in str(error))  # as of a file that is mapped
     )
 
 
 @contextmanager
-def explained_memory(settings: RunSettings, device: torch.device, *, evaluating: bool = False) -> Iterator[None]:
+def explained_memory(
+    settings: RunSettings, device: torch.device, *, evaluating: bool = False, saved: bool = True
+) -> Iterator[None]:
     """Turn torch's out-of-memory errors within the block into an `OutOfMemoryError` that says what to change.
+
+    Args:
+        settings: of the run.
+        device: of the run.
+        evaluating: whether the block evaluates a model, instead of training one.
+        saved: whether the run keeps checkpoints.
 
     Raises:
         OutOfMemoryError: there is not enough memory.
@@ -49,10 +70,10 @@ def explained_memory(settings: RunSettings, device: torch.device, *, evaluating:
             raise
         advice = _workers(settings) if killed else _evaluation(settings) if evaluating else _training(settings)
         message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise OutOfMemoryError(
-            f"Out of memory on {device}. {advice}\nEarlier results are in {settings.output_dir}; --resume continues "
-            f"from the last checkpoint. Torch says: {message}"
-        ) from error
+        kept = f"Earlier results are in {settings.output_dir}; --resume continues from the last checkpoint."
+        if not saved:
+            kept = "--dry-run estimates what it takes. The model on disk is unchanged."
+        raise OutOfMemoryError(f"Out of memory on {device}. {advice}\n{kept} Torch says: {message}") from error
 
 
 def _training(settings: RunSettings) -> str:
@@ -91,18 +112,44 @@ def _workers(settings: RunSettings) -> str:
 def free_bytes(device: torch.device) -> int:
     """Return the free bytes for this process, of its CUDA device or of the machine.
 
-    The limit of a container counts, and the training processes of a machine share its memory.
+    The limits of a container and of the process (`ulimit -v`) count, and the training processes of a machine share its
+    memory.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     left = int(psutil.virtual_memory().available)
-    try:
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        left = min(left, limit - used)
-    except (OSError, ValueError):  # no container, or one without a limit
-        pass
+    for folder, names in _groups():
+        try:
+            limit, used, parts = ((folder / name).read_text() for name in names)
+            held = dict(line.split() for line in parts.splitlines())
+            cached = int(held.get("total_inactive_file") or held["inactive_file"])
+            left = min(left, int(limit) - int(used) + cached)
+        except (OSError, ValueError, KeyError):  # no container, or one without a limit
+            continue
+    if resource is not None:
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            left = min(left, max(0, most - psutil.Process().memory_info().vms))
     return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yield the folders of the control groups that this process may be in, and the names of their files."""
+    yield from ((_CGROUP / version, names) for version, names in _LIMITS.items())  # as a container sees its own
+    try:
+        lines = _OF_PROCESS.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, version, path = line.split(":", 2)
+        if version in _LIMITS:
+            yield _CGROUP / version / path.lstrip("/"), _LIMITS[version]
+
+
+def resident_bytes() -> int:
+    """Return the bytes of memory that this process holds now, libraries included."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def format_bytes(count: int) -> str:

@@ -198,10 +198,11 @@ class ChatTask(Task[ChatSettings]):
         """Return the model unchanged; check the optimizer before any long work.
 
         Raises:
+            SettingError: the optimizer needs a CUDA device, and the run has none.
             MissingLibraryError: the library of the optimizer is not installed.
         """
         if training:
-            _optimizer_class(settings.optimizer)
+            _optimizer_class(settings)
         return model, ()
 
     def dataset(self, settings: ChatSettings, split: str) -> ChatRows:
@@ -248,7 +249,7 @@ class ChatTask(Task[ChatSettings]):
         """Return AdamW, with 8-bit state if the settings say so."""
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rate, decay = settings.init_lr, settings.weight_decay
-        found: torch.optim.Optimizer = _optimizer_class(settings.optimizer)(weights, lr=rate, weight_decay=decay)
+        found: torch.optim.Optimizer = _optimizer_class(settings)(weights, lr=rate, weight_decay=decay)
         return found
 
     def loss(self, model: nn.Module, batch: Batch, settings: ChatSettings, epoch: float) -> Tensor:
@@ -333,10 +334,13 @@ class ChatTask(Task[ChatSettings]):
         }
 
 
-def _optimizer_class(name: str) -> Any:
-    """Return the class of an optimizer, by its name in the settings."""
+def _optimizer_class(settings: ChatSettings) -> Any:
+    """Return the class of the optimizer that the settings name."""
+    name = settings.optimizer
     if name == "adamw":
         return torch.optim.AdamW
+    if settings.device in ("cpu", "mps") or not torch.cuda.is_available():
+        raise SettingError(f"optimizer: {name} needs a CUDA device, and the run has none. Use optimizer: adamw.")
     with naming_missing():
         import bitsandbytes
     return {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}[name]

@@ -1,21 +1,27 @@
 """Estimates the memory of pruning and recovery on one device, from a checkpoint's shapes and a batch of samples.
 
-No weights are loaded. The estimate counts weights, gradients, optimizer state, the teacher, activations and logits, but
-no kernel workspaces.
+No weights are loaded. The estimate is of the phase that needs most: finding the groups, which proves them on copies
+with numbers; scoring and correction, or training; and the proof of the cut, on a copy in float64 of a model that is
+small enough. It counts weights, gradients, optimizer state, the teacher, activations, logits and these copies. On a CPU
+the process adds what it holds without the model, and the allocator keeps some of what was freed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from upop.checkpoints.opening import open_checkpoint
-from upop.errors import SettingError
+from upop.errors import OutOfMemoryError, SettingError, UPopError
+from upop.pruning.axes.tried import MOST_MEMORY
+from upop.pruning.moments import least_allowed
+from upop.pruning.shrink import MOST_COPIED
 from upop.runs.loaders import first_samples, make_loader
-from upop.runs.memory import format_bytes
+from upop.runs.memory import format_bytes, free_bytes, resident_bytes
 from upop.runs.task import Task
 from upop.tasks.row_settings import RowSettings
 
@@ -24,10 +30,20 @@ _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
 _INNER = ("intermediate_size", "encoder_ffn_dim", "mlp_dim")
 _PER_HIDDEN, _PER_INNER = 10, 4
 """Numbers per token that a layer saves for its backward pass, as multiples of its hidden and inner width."""
+_SIZES = {"float32": 4, "bfloat16": 2}
 _OPTIMIZER = {"adamw": None, "adamw8bit": 1, "paged_adamw8bit": 0}
 """Bytes per weight of each of the optimizer's two moments; None is the size of a weight. Paged ones are on the CPU."""
-_CORRECTED = 0.25
-"""Share of the weights that the correction holds at once."""
+_ADAPTED = 0.01
+"""Share of the weights that LoRA's adapters are."""
+_VERIFIED = 2
+"""Samples on which a cut is verified."""
+_FLOAT64 = 8
+_HELD_OUTPUTS = {True: 28, False: 12}
+"""Bytes per output of verifying a cut: with a copy in float64, whose outputs are held three times, or without."""
+_KEPT_FREE = 0.1
+"""Share of the tensors' peak that the allocator of a CPU keeps besides, freed or in parts too small for others."""
+_LOADED_LATER = 160 * 2**20
+"""Bytes that a run takes beside what this process holds: tracing, figures, and what they import."""
 
 
 @dataclass(frozen=True)
@@ -54,40 +70,86 @@ class Estimate:
         size: bytes of a weight.
         towers: of the model, with the tokens of a batch.
         logits: bytes of a batch's logits, and of what their loss saves.
+        outputs: numbers in the outputs of the samples on which a cut is verified.
         largest: bytes of the largest weight.
         state: bytes of optimizer state per weight.
         batch: samples in a forward pass.
         recomputed: whether activations are recomputed (grad_checkpointing).
         teacher: whether the dense model is a teacher.
+        device: of the run.
+        process: bytes that the process holds without the model: Python, libraries and data.
     """
 
     parameters: int
     size: int
     towers: tuple[Tower, ...]
     logits: int
+    outputs: int
     largest: int
     state: float
     batch: int
     recomputed: bool
     teacher: bool
+    device: torch.device
+    process: int
 
     @property
     def weights(self) -> int:
         """Bytes of the dense model."""
         return self.parameters * self.size
 
+    @property
+    def reading(self) -> int:
+        """Bytes of the copies with numbers on which groups are proved, in the memory of the CPU.
+
+        All of the model where that fits, in float64 or float32; of a larger one, a layer of each tower.
+        """
+        for size in (_FLOAT64, 4):
+            if 2 * size * self.parameters <= MOST_MEMORY:
+                return 2 * size * self.parameters
+        layers = sum(4 * tower.hidden**2 + 3 * tower.hidden * tower.inner for tower in self.towers)
+        return min(MOST_MEMORY, 2 * _FLOAT64 * layers)
+
+    @property
+    def proof(self) -> int:
+        """Bytes of verifying a cut: outputs, and a copy in float64 of a model that is small enough."""
+        precise = self.parameters <= MOST_COPIED and self.size < _FLOAT64
+        return self.outputs * _HELD_OUTPUTS[precise] + (_FLOAT64 * self.parameters if precise else 0)
+
+    def least(self, *, trained: bool, adapters: bool = False) -> int:
+        """Return the bytes that a run surely needs beside what the process holds now.
+
+        These are weights, gradients, optimizer and teacher, or the weights and their copy for the proof of the groups.
+        """
+        return max(self._kept(trained=trained, adapters=adapters), self.weights + self._read_here // 2)
+
+    def _kept(self, *, trained: bool, adapters: bool) -> int:
+        if not trained:
+            return self.weights
+        learned = int((_ADAPTED if adapters else 1.0) * self.parameters * (self.size + self.state))
+        return self.weights + learned + (self.weights if self.teacher else 0)
+
     def one_shot(self) -> int:
         """Return the bytes of pruning without training: a gradient is freed once its importance is computed."""
         activations = sum(tower.kept(self.size, recomputed=True) for tower in self.towers)
-        return int(self.weights * (1 + _CORRECTED)) + self.largest + activations + self.logits
+        moments = sum(2 * 4 * tower.layers * (tower.hidden**2 + tower.inner**2) for tower in self.towers)
+        corrected = min(moments, least_allowed(self.weights, self.device))
+        scoring = corrected + self.largest + activations + self.logits
+        return self._peak(self.weights + max(scoring, self.proof, self._read_here))
 
     def recovery(self, *, adapters: bool) -> int:
         """Return the bytes of training: of all weights, or of LoRA adapters."""
         activations = sum(tower.kept(self.size, recomputed=self.recomputed) for tower in self.towers)
-        trained = 0.01 if adapters else 1.0
-        learned = int(trained * self.parameters * (self.size + self.state))
-        teacher = self.weights if self.teacher else 0
-        return self.weights + learned + teacher + activations + self.logits
+        held = self._kept(trained=True, adapters=adapters)
+        first = self.weights + self._read_here
+        return self._peak(max(held + max(activations + self.logits, self.proof), first))
+
+    @property
+    def _read_here(self) -> int:
+        return self.reading if self.device.type == "cpu" else 0
+
+    def _peak(self, tensors: int) -> int:
+        return self.process + int((1 + _KEPT_FREE) * tensors) if self.device.type == "cpu" else tensors
 
     def described(self) -> str:
         """Return the estimate as lines of text."""
@@ -103,9 +165,24 @@ class Estimate:
             f"pruning without training (upop prune): {format_bytes(self.one_shot())}",
             f"recovery of all weights{teacher}: {full}; activations are {again}",
             f"recovery by LoRA{teacher}: {adapted}",
-            "An estimate for one device. It counts tensors; kernels and fragmentation need somewhat more.",
+            *self._beside(),
+            f"Free now: {format_bytes(free_bytes(self.device))}.",
         ]
         return "\n".join(lines)
+
+    def _beside(self) -> list[str]:
+        copies = format_bytes(self.reading)
+        if self.device.type != "cpu":
+            return [
+                "Estimated peaks of one device. They count tensors; kernels and fragmentation need somewhat more.",
+                f"Before, finding what can be cut takes {copies} of the machine's memory beside the weights.",
+            ]
+        held, proof = format_bytes(self.process), format_bytes(self.proof)
+        return [
+            f"Estimated peaks of the process; {held} of each are Python, libraries and data. The rest are tensors.",
+            f"Beside the weights, finding what can be cut takes {copies}, and verifying a cut {proof}.",
+            f"{_KEPT_FREE:.0%} is added for what the allocator keeps.",
+        ]
 
 
 def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
@@ -115,6 +192,47 @@ def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
         SettingError: no model is given, or it is not one of transformers.
         DataError: the data are not valid.
     """
+    return _estimate(task, settings, first_samples(make_loader(task, settings, "train"), settings.batch_size_train))
+
+
+def check_memory(
+    task: Task[Any], settings: RowSettings, *, trained: bool, notify: Callable[[str], None] = lambda _: None
+) -> None:
+    """Refuse a run that surely does not fit, and warn of one that may not, before it reads weights or data.
+
+    Nothing is said about a model whose sizes are not known before it is loaded, nor about one that is sharded.
+
+    Args:
+        task: of the run.
+        settings: of the run.
+        trained: whether weights are trained.
+        notify: called with the warning.
+
+    Raises:
+        OutOfMemoryError: what it surely needs is more than what is free on the device.
+    """
+    if settings.sharding != "none":
+        return
+    try:
+        found = _estimate(task, settings, {})
+    except UPopError:  # said where the model is loaded
+        return
+    adapters, free = settings.lora is not None, free_bytes(found.device)
+    needed = found.least(trained=trained, adapters=adapters)
+    expected = (found.recovery(adapters=adapters) if trained else found.one_shot()) - found.process
+    if max(needed, expected) <= free:
+        return
+    ways = ["--set precision=bfloat16 halves weights"] if found.size > _SIZES["bfloat16"] else []
+    ways += ["--method one-shot --lora 16 trains adapters alone"] if trained and not adapters else []
+    advice = " ".join(f"{way}." for way in [*ways, "--dry-run lists what needs memory"])
+    model = f"{settings.pretrained} ({found.parameters / 1e6:,.1f} M parameters)"
+    there = f"{format_bytes(free)} are free on {found.device}"
+    if needed > free:
+        raise OutOfMemoryError(f"{model} needs at least {format_bytes(needed)}, and {there}. {advice}")
+    notify(f"{model} is estimated to need {format_bytes(expected)} without activations, and {there}. {advice}")
+
+
+def _estimate(task: Task[Any], settings: RowSettings, batch: Mapping[str, Tensor]) -> Estimate:
     if not settings.pretrained:
         raise SettingError("No model is given. Set --model to a folder or a name on the hub.")
     checkpoint = open_checkpoint(settings.pretrained)
@@ -124,21 +242,23 @@ def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
             "such a folder."
         )
     shapes = checkpoint.meta_state()
-    sizes = {"float32": 4, "bfloat16": 2}
     precision = getattr(settings, "precision", "auto")
-    size = sizes.get(precision) or max(value.element_size() for value in shapes.values())
-    batch = first_samples(make_loader(task, settings, "train"), settings.batch_size_train)
+    size = _SIZES.get(precision) or max(value.element_size() for value in shapes.values())
     state = _OPTIMIZER[getattr(settings, "optimizer", "adamw")]
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
     return Estimate(
         parameters=sum(value.numel() for value in shapes.values()),
         size=size,
         towers=_towers(checkpoint.config, batch),
         logits=_logits(checkpoint.config, batch, size),
+        outputs=_outputs(checkpoint.config, batch),
         largest=max(value.numel() for value in shapes.values()) * size,
         state=2 * (size if state is None else state),
-        batch=min(settings.batch_size_train, len(next(iter(batch.values())))),
+        batch=min(settings.batch_size_train, len(next(iter(batch.values()), ()))),
         recomputed=settings.grad_checkpointing,
         teacher=any(task.distill_options(settings).values()),
+        device=torch.device("cuda" if cuda else "cpu"),
+        process=resident_bytes() + _LOADED_LATER,
     )
 
 
@@ -179,8 +299,20 @@ def _patches(part: Mapping[str, Any], batch: Mapping[str, Tensor]) -> int:
 
 
 def _logits(config: Mapping[str, Any], batch: Mapping[str, Tensor], size: int) -> int:
-    if "labels" not in batch or batch["labels"].dim() != 2:
+    if not _is_answered(batch):
         return 0
-    words = _number(config.get("text_config") or config, "vocab_size") or _number(config, "vocab_size") or 0
     positions = int((batch["labels"] >= 0).any(0).sum()) * len(batch["labels"])
-    return positions * words * (size + 2 * 4)
+    return positions * _words(config) * (size + 2 * 4)
+
+
+def _outputs(config: Mapping[str, Any], batch: Mapping[str, Tensor]) -> int:
+    """Return how many logits the samples have on which a cut is verified, those of all positions."""
+    return batch["input_ids"][:_VERIFIED].numel() * _words(config) if _is_answered(batch) else 0
+
+
+def _is_answered(batch: Mapping[str, Tensor]) -> bool:
+    return "labels" in batch and batch["labels"].dim() == 2
+
+
+def _words(config: Mapping[str, Any]) -> int:
+    return _number(config.get("text_config") or config, "vocab_size") or _number(config, "vocab_size") or 0

@@ -20,6 +20,7 @@ from upop.report.results import ModelResult, Results
 from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
 from upop.runs.loaders import make_loader
+from upop.runs.memory import explained_memory
 from upop.runs.one_shot import calibration_batches, loss_of, towers
 from upop.runs.run import with_lost
 from upop.runs.story import story_of
@@ -27,6 +28,7 @@ from upop.runs.task import Task
 from upop.runs.tokens import check_shared_budget, share_budget
 from upop.runs.words import FOLDER, FewerWords, parameters_before, without_words
 from upop.tasks import TASKS
+from upop.tasks.estimate import check_memory
 from upop.tasks.row_settings import RowSettings
 
 
@@ -93,6 +95,7 @@ def _prune(
     notify: Callable[[str], None],
 ) -> Results:
     settings = given if words is None else words.applied(given)
+    check_memory(task, settings, trained=False, notify=notify)
     accelerator = make_accelerator(settings)
     loaders = {split: make_loader(task, settings, split) for split in ("train", *task.evaluated(settings))}
     for loader in loaders.values():
@@ -142,14 +145,15 @@ def _prune(
         **choice,
     )
     notify(f"calibrating on {len(batches)} batches of {settings.batch_size_train} samples")
-    plan = calibrate(
-        model,
-        batches,
-        loss=loss_of(task, settings),
-        round_to=round_to_for(device, settings),
-        correct=settings.correct,
-        **{**shared, **budget, "example": task.example(model, 1)},
-    )
+    with explained_memory(settings, device, saved=False):
+        plan = calibrate(
+            model,
+            batches,
+            loss=loss_of(task, settings),
+            round_to=round_to_for(device, settings),
+            correct=settings.correct,
+            **{**shared, **budget, "example": task.example(model, 1)},
+        )
     pruned = evaluated(f"one-shot {before / count_parameters(model):.3g}x")
     results = Results(
         models=(dense, pruned), shown=task.shown, batch_size=settings.latency_batch, machine=machine(device)
