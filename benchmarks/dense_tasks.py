@@ -24,8 +24,10 @@ from upop.tasks import find_task
 _ROOT = Path(__file__).parents[1]
 FOLDER = Path("output/benchmarks")
 """Of data and run folders."""
-DATA = {"retrieval-clip": "retrieval"}
+DATA = {"retrieval-clip": "retrieval", "retrieval-crossget": "retrieval"}
 """The generated set of a task, where it is not called like the task."""
+_CONFIGS = {"retrieval-crossget": "retrieval-clip"}
+"""The task whose file in configs/shapes/ holds for another one."""
 SAMPLES = {"segmentation": 10_000}
 """Of the generated set that models are compressed on, where it is another number than 20,000."""
 _FRESH = {"vqa": 10_000}
@@ -43,7 +45,9 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
     return name
 
 
-def settings_of(name: str, folder: Path, samples: int, *, seed: int = 0, **more: Any) -> tuple[Task[Any], Any]:
+def settings_of(
+    name: str, folder: Path, samples: int, *, seed: int = 0, pixels: int = 64, **more: Any
+) -> tuple[Task[Any], Any]:
     """Return a task and its settings for the small model on `samples` generated samples, which are written if needed.
 
     Args:
@@ -51,12 +55,15 @@ def settings_of(name: str, folder: Path, samples: int, *, seed: int = 0, **more:
         folder: of data and run folders.
         samples: of the training split.
         seed: of the data.
+        pixels: side of the images that are written; the settings say at which size the model sees them.
         more: settings beside those of configs/shapes/.
     """
     task, kind = find_task(name), DATA.get(name, name)
-    place = folder / "data" / (f"{kind}-{samples}" + (f"-seed{seed}" if seed else ""))
-    data = write_with_progress(kind, place, seed=seed, size=samples)
-    config = _ROOT / "configs" / "shapes" / f"{name.replace('-', '_')}.yaml"
+    details = (f"-seed{seed}" if seed else "") + (f"-{pixels}px" if pixels != 64 else "")
+    data = write_with_progress(
+        kind, folder / "data" / f"{kind}-{samples}{details}", seed=seed, size=samples, image_size=pixels
+    )
+    config = _ROOT / "configs" / "shapes" / f"{_CONFIGS.get(name, name).replace('-', '_')}.yaml"
     return task, read_settings(task.settings, config, {**data.settings, **more})
 
 

@@ -22,12 +22,13 @@ from upop.tasks import find_task
 from upop.tokens.encoders import removed_tokens
 
 
-def captioner() -> Any:
+def captioner(*, cross: bool = True) -> Any:
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "vision_width": 16, "vision_depth": 2, "vision_heads": 2}
     text = {"vision_mlp": 32, "text_width": 24, "text_depth": 3, "text_heads": 2, "text_mlp": 32, "vocab_size": 40}
     model = BlipCaption(CaptionConfig(**sizes, **text, max_positions=16, dropout=0.0))
-    add_cross_tokens(model)
+    if cross:
+        add_cross_tokens(model)
     return upop.merge_tokens(model, [3, 2]).train()
 
 
@@ -52,7 +53,6 @@ def test_cross_tokens_go_along_behind_the_others_and_lead_what_is_merged() -> No
 
 
 def test_a_copy_of_a_cut_model_with_cross_tokens_is_saved(tmp_path: Path) -> None:
-    """With one head left, a copy is read as one with dimensions to cut, and its plan is of heads."""
     model = captioner().eval()
     attention = "visual_encoder.blocks.0.attn"
     (size,) = {group.size for group in upop.find_groups(model) if group.name == attention}
@@ -60,6 +60,15 @@ def test_a_copy_of_a_cut_model_with_cross_tokens_is_saved(tmp_path: Path) -> Non
     upop.save(copy.deepcopy(model), tmp_path / "copy")
     with torch.no_grad():
         torch.testing.assert_close(upop.load(tmp_path / "copy").eval()(**batch()), model(**batch()))
+
+
+def test_what_can_be_cut_does_not_depend_on_merging() -> None:
+    """Cross tokens match by the keys of all heads at once, which once left nothing but whole heads, named dimensions."""
+    led = {(each.name, each.channel, each.size, each.heads) for each in upop.find_groups(captioner())}
+    assert led == {
+        (each.name, each.channel, each.size, each.heads) for each in upop.find_groups(captioner(cross=False))
+    }
+    assert ("visual_encoder.blocks.0.attn", "dimension", 8, 2) in led
 
 
 def test_the_loss_of_cross_tokens_teaches_them_and_nothing_else() -> None:

@@ -89,8 +89,13 @@ class CrossGetClip(nn.Module):
         self.set_removed(config.rv, config.rl)
 
     def set_removed(self, rv: int, rl: int) -> None:
-        """Set the number of image and text tokens that every layer removes; weights do not change."""
+        """Set the number of image and text tokens that every layer removes; weights do not change.
+
+        A model without cross tokens is a plain CLIP, whose image tokens `upop.merge_tokens` merges.
+        """
         config = self.config = self.config.model_copy(update={"rv": rv, "rl": rl})
+        if not config.cross:
+            return
         _merge(self.vision_model, Merger((rv,) * config.vision_depth))
         _merge(self.text_model, Merger((rl,) * config.text_depth, causal=True, merge_padding=config.merge_padding))
 
@@ -163,7 +168,11 @@ def _through(tower: Any, states: Tensor, cross: str, ends: Tensor | None = None)
     """Run the layers of a tower; `cross` is the name of its cross tokens, `ends` the positions of texts' end tokens."""
     layers = tower.encoder.layers
     place = place_of(layers[0])
-    assert place is not None
+    if place is None:
+        mask = None if ends is None else states.new_full((states.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+        for layer in layers:
+            states = layer(states, mask)
+        return states, Flow(None, guide=ends)
     merger = place.merger
     states = merger.start(states, ends, getattr(tower.encoder, cross, None))
     for layer in layers:

@@ -324,17 +324,16 @@ def _cost(found: Mergeable, removed: Sequence[int]) -> float:
 
 @contextmanager
 def _all_tokens(model: nn.Module) -> Iterator[None]:
-    """Disable merging within the block."""
-    places = {layer: place for layer in model.modules() if (place := place_of(layer)) is not None}
-    if removed_tokens(model) is None:  # guided by cross tokens, which are part of the model
-        places = {}
+    """Have every layer remove no tokens within the block; cross tokens stay, since they are part of the model."""
+    mergers = {id(place.merger): place.merger for layer in model.modules() if (place := place_of(layer)) is not None}
+    removed = {key: merger.removed for key, merger in mergers.items()}
     try:
-        for layer in places:
-            set_merging(layer, None)
+        for merger in mergers.values():
+            merger.removed = (0,) * len(merger.removed)
         yield
     finally:
-        for layer, place in places.items():
-            set_merging(layer, place)
+        for key, merger in mergers.items():
+            merger.removed = removed[key]
 
 
 suspenders.append(_all_tokens)

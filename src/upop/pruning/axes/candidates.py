@@ -79,8 +79,7 @@ def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequ
     if attention:
         most = max(max(part.inners) for part in slices if part.produces)
         least = min(min(part.inners) for part in slices if part.produces)
-        dimension = component.inside_heads or "dimension" in component.axis.marks
-        channel = "dimension" if dimension else "group" if most > least and most % least == 0 else "head"
+        channel = "dimension" if component.is_dimension else "group" if most > least and most % least == 0 else "head"
     heads = slices[0].outer if channel == "dimension" else 1
     if slices[0].queries or slices[0].query_groups:
         heads = len(slices[0].queries) or slices[0].query_groups
@@ -191,7 +190,7 @@ def slice_of(model: nn.Module, trace: Trace, component: Component, part: Part, *
     makes = bool(part.roles & {"produces", "added"})
     inner: int | tuple[int, ...] = inners[0] if len(set(inners)) == 1 else tuple(inners)
     queries: tuple[int, ...] = ()
-    if "dimension" in component.axis.marks:
+    if "dimension" in component.axis.marks and component.is_dimension:
         queries = _flagged(trace.query_rows(part.use, part.dim), part, inners)
     first = queries == tuple(range(len(queries)))
     mlp = not component.attends and not loud  # in an attention, what gates one thing may make another

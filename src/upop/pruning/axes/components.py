@@ -56,6 +56,11 @@ class Component:
         return "head" not in self.axis.marks and any("head" in axis.marks for axis in self.above)
 
     @property
+    def is_dimension(self) -> bool:
+        """Whether each channel is a dimension of heads; what reads all heads at once contracts whole heads, too."""
+        return "head" not in self.axis.marks and (self.inside_heads or "dimension" in self.axis.marks)
+
+    @property
     def producers(self) -> list[Part]:
         """The parts that produce the axis."""
         return [part for part in self.parts if "produces" in part.roles]

@@ -23,11 +23,15 @@ from upop.pruning.axes.tried import Proof, told_by_sums
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Group, Skipped, Slice
+from upop.pruning.merged import all_tokens
 from upop.pruning.verify import tensors_of
 
 
 def read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
     """Return the groups of a model, each proved on numbers, and the parts left alone with reasons.
+
+    Tokens that the model merges are left where they are meanwhile: merging moves them, and changes none of their
+    channels, though matching by the keys of all heads at once would tie the dimensions of heads together.
 
     Args:
         model: left unchanged, and so are random generators.
@@ -36,7 +40,7 @@ def read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
     home = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     # A model may be read while another one is built on the meta device; a default device makes every call slower.
     at_home = nullcontext() if home == torch.empty(0).device else home  # before 2.7 torch tells no `with` of a device
-    with torch.random.fork_rng(devices=[]), at_home:
+    with torch.random.fork_rng(devices=[]), at_home, all_tokens(model):
         return _read(model, example)
 
 
