@@ -428,6 +428,22 @@ class NormedHeads(nn.Module):
         return self.out(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
+class ComparedHeads(nn.Module):
+    """Tokens attend more to those that are alike in the keys of all heads at once: whole heads are contracted, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = (in_heads(layer(x)) for layer in self.three)
+        whole = keys.transpose(1, 2).flatten(2)
+        alike = (whole @ whole.transpose(1, 2))[:, None]
+        found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=alike)
+        return self.out(found.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
 class Crossed(nn.Module):
     """Every neuron is a product of one of each half, in torch's bilinear layer."""
 
@@ -459,6 +475,7 @@ class Around(nn.Module):
     [
         (HeadsInTurn, "dimension", 2),
         (NormedHeads, "head", 2),
+        (ComparedHeads, "head", 2),
         (Crossed, "neuron", 4),
         (Around, "dimension", 2),
         (SplitByWidth, "dimension", 2),

@@ -63,7 +63,7 @@ def test_a_copy_of_a_cut_model_with_cross_tokens_is_saved(tmp_path: Path) -> Non
 
 
 def test_what_can_be_cut_does_not_depend_on_merging() -> None:
-    """Cross tokens match by the keys of all heads at once, which once left nothing but whole heads, named dimensions."""
+    """Cross tokens match by the keys of all heads at once, which ties their dimensions, but only there."""
     led = {(each.name, each.channel, each.size, each.heads) for each in upop.find_groups(captioner())}
     assert led == {
         (each.name, each.channel, each.size, each.heads) for each in upop.find_groups(captioner(cross=False))
