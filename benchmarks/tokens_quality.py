@@ -50,7 +50,7 @@ RESULT = Path(__file__).parent / "results" / "tokens_quality_cpu.json"
 FACTORS = (3.0, 4.0, 2.0)
 """In the order in which they are measured."""
 ARMS = ("weights", "tokens", "both", "tokens, cross", "both, cross")
-RANKING, HELD_OUT = 6, 4
+RANKING, HELD_OUT = 4, 6
 """Batches that rank, and that compare shares."""
 
 
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", type=one_of([*KINDS]), default=[*KINDS])
     parser.add_argument("--folder", type=Path, required=True, help="data, dense models and cells")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--recovery", type=int, default=50, help="training steps after a cut")
+    parser.add_argument("--recovery", type=int, default=30, help="training steps after a cut")
     parser.add_argument("--latency", action="store_true", help="time the models of the first seed")
     parser.add_argument("--rounds", type=int, default=10, help="of timing")
     parser.add_argument("--table", action="store_true", help="measure no cells")

@@ -64,15 +64,23 @@ class Kind:
 
 KINDS = {
     "classification": Kind(
-        4000, 4000, 400, 5e-4, 1000, {"model": _VISION, "architecture": "vit_tiny_patch16_224", "init_lr": 5e-4}
-    ),
-    "nlvr": Kind(6000, 3000, 400, 5e-4, 600, {"model": {**_BLIP, "text_depth": 4, "merge_from": 0}}),
-    "caption": Kind(15_000, 3000, 800, 1e-3, 300, {"model": {**_BLIP, "text_depth": 2}, "num_beams": 1}),
-    "vqa": Kind(12_000, 4000, 800, 1e-3, 500, {"model": {**_BLIP, "text_depth": 4}, "val_file": "vqa_val"}),
-    "retrieval-crossget": Kind(
-        15_000,
         4000,
-        800,
+        2000,
+        700,
+        1e-3,
+        400,
+        {
+            "model": _VISION,
+            "architecture": "vit_tiny_patch16_224",
+        },
+    ),
+    "nlvr": Kind(6000, 1500, 200, 5e-4, 300, {"model": {**_BLIP, "text_depth": 4, "merge_from": 0}}),
+    "caption": Kind(8000, 2000, 400, 1e-3, 200, {"model": {**_BLIP, "text_depth": 2}, "num_beams": 1}),
+    "vqa": Kind(6000, 2000, 400, 1e-3, 300, {"model": {**_BLIP, "text_depth": 4}, "val_file": "vqa_val"}),
+    "retrieval-crossget": Kind(
+        8000,
+        2000,
+        400,
         1e-3,
         300,
         {

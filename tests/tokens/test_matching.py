@@ -2,11 +2,94 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from upop.tokens.matching import cosine, match, merge, removable, unmerge
+
+
+def step_by_step(
+    keys: list[list[float]],
+    guide: list[float],
+    tokens: list[list[float]],
+    size: list[float],
+    kept: set[int],
+    asked: int,
+) -> tuple[list[list[float]], list[float]]:
+    """Merge the tokens of one row as the published code does it, written out for single numbers.
+
+    Args:
+        keys: of every token.
+        guide: the query that says what matters.
+        tokens: what is merged.
+        size: of every token.
+        kept: the protected positions.
+        asked: how many tokens should go.
+    """
+
+    def along(one: list[float], other: list[float]) -> float:
+        length = math.sqrt(sum(each * each for each in one) * sum(each * each for each in other))
+        return sum(each * its for each, its in zip(one, other, strict=True)) / length
+
+    count, least = len(keys), -math.inf
+    alike = [[least] * count for _ in keys]
+    for one in range(count):
+        for other in range(one + 1, count):
+            if not {one, other} & kept:
+                alike[one][other] = alike[other][one] = along(keys[one], keys[other])
+    nearest = sorted(range(count), key=lambda place: -max(alike[place]))
+    reach = [
+        max((alike[each][later] for later in nearest[nearest.index(each) + 1 :]), default=least)
+        for each in range(count)
+    ]
+    worth = [along(key, guide) for key in keys]
+    order = sorted(range(count), key=lambda place: worth[place] - reach[place])
+    goes, stays = order[: min(asked, (count - len(kept)) // 2)], order[min(asked, (count - len(kept)) // 2) :]
+    into = {each: max(stays, key=lambda place: alike[each][place]) for each in goes}
+    merged, sizes = [], []
+    for place in sorted(stays):
+        total, factor = size[place], 1.0
+        added = [0.0] * len(tokens[place])
+        for source in (each for each in goes if into[each] == place):
+            weights = math.exp(worth[source]), math.exp(worth[place])
+            factor += 2 * weights[1] / sum(weights) - 1
+            added = [
+                old + 2 * weights[0] / sum(weights) * size[source] * new
+                for old, new in zip(added, tokens[source], strict=True)
+            ]
+            total += size[source]
+        merged.append(
+            [(size[place] * factor * old + new) / total for old, new in zip(tokens[place], added, strict=True)]
+        )
+        sizes.append(total)
+    return merged, sizes
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "asked", "ends"), [(7, 4, 2, 1), (24, 16, 7, 2), (31, 4, 40, 3)])
+def test_tokens_merge_as_written_out_step_by_step(tokens: int, width: int, asked: int, ends: int, equal: bool) -> None:
+    """The first token is protected, and the last ones; with `equal`, cosines are exact quarters, so that many tie."""
+    draws = torch.Generator().manual_seed(tokens)
+
+    def some_of(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=draws)
+        return drawn.sign() if equal else drawn
+
+    keys, guide, states = some_of(3, tokens, width), some_of(3, width), torch.randn(3, tokens, 4, generator=draws)
+    size = torch.randint(1, 5, (3, tokens), generator=draws).double()
+    kept = {0, *range(tokens - ends + 1, tokens)}
+    protected = torch.tensor([place in kept for place in range(tokens)])
+    remove = removable(tokens, len(kept), asked)
+    found = match(keys.double(), cosine(keys.double(), guide.double()), remove, protected)
+    merged, sizes = merge(states.double(), size, found)
+    for row in range(3):
+        parts = (keys[row].tolist(), guide[row].tolist(), states[row].tolist(), size[row].tolist())
+        wanted, total = step_by_step(*parts, kept, asked)
+        torch.testing.assert_close(merged[row], torch.tensor(wanted, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+        assert sizes[row].tolist() == total
 
 
 def some(batch: int = 3, tokens: int = 12, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:

@@ -184,6 +184,7 @@ def find_shares(
         loss_of = _distances(model, ready, encoders, held_out)
     else:
         loss_of = partial(_mean, loss=loss, batches=held_out)
+    settings["verify"] = False  # a trial is thrown away; the cut of the chosen one is verified
     found: list[Candidate] = []
     for share in shares:
         removed = _schedule(ready, encoders, goal, share)
