@@ -51,6 +51,20 @@ def test_what_follows_a_text_changes_nothing_unless_asked_for_as_published() -> 
         assert not torch.allclose(model.encode_text(ids).features, model.encode_text(others).features)
 
 
+def test_without_cross_tokens_it_is_a_clip_that_merges_image_tokens_like_any_other() -> None:
+    model, ids = tiny(cross=False, rv=0, rl=0), texts(3, 9, 14)
+    with torch.no_grad():
+        plain, words = model.encode_image(images()).features, model.encode_text(ids)
+        tower = model.text_model(ids)
+        torch.testing.assert_close(words.features, model.text_projection(tower.pooler_output))
+        upop.merge_tokens(model, [4, 3, 2])
+        merged = model.encode_image(images())
+        assert [len(match.source[0]) for match in merged.flow.matches if match is not None] == [4, 3, 2]
+        assert not torch.allclose(merged.features, plain)
+        upop.merge_tokens(model, 0)
+        torch.testing.assert_close(model.encode_image(images()).features, plain)
+
+
 def test_a_short_text_loses_its_padding_before_its_words() -> None:
     ids = texts(3, 4)
     with torch.no_grad():

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import upop
 from tiers import mostly_slow
+from together import run_together
+from tokens import merging_ranks
 from upop.checkpoints.export.graphs import own_graphs
 from upop.checkpoints.official import resized
 from upop.errors import LayoutError, SettingError
@@ -72,6 +74,10 @@ MERGING: dict[str, tuple[Callable[[], nn.Module], int]] = {
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "relative tables": (lambda: from_timm("beit_base_patch16_224"), "positions of its tokens"),
     "rotary positions": (lambda: from_timm("eva02_tiny_patch14_224"), "positions of its tokens"),
+    "words beside images": (
+        lambda: transformers.ViltModel(transformers.ViltConfig(**VISION, vocab_size=99)),
+        "of images and of integers",
+    ),
     "windows": (
         lambda: timm.create_model(
             "swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(1, 1), num_heads=(1, 2)
@@ -387,6 +393,14 @@ def test_a_merging_model_is_exported_with_any_batch(name: str, tmp_path: Path) -
             wanted = model(image)
         wanted = wanted if isinstance(wanted, Tensor) else wanted[0]
         torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_merges_as_one_does(tmp_path: Path) -> None:
+    run_together(merging_ranks.run, str(tmp_path))
+    wanted = merging_ranks.gradients(merging_ranks.IMAGES)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), wanted)
 
 
 @pytest.mark.slow

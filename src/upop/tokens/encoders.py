@@ -136,8 +136,8 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, Mergeable], tupl
     if not found:
         raise LayoutError(
             f"No image encoder whose tokens can be merged was found in this {type(model).__name__}: its layers must "
-            "attend over all tokens of an image, and each must take the output of the one before. Windows and grids "
-            "do not qualify."
+            "attend over all tokens of an image, and each must take the output of the one before. Windows, grids, and "
+            "rows of the patches of several images do not qualify."
         )
     if made_up:
         found = _as_large(model, example, found)
@@ -180,7 +180,7 @@ def _all_proved(model: nn.Module, example: Any) -> tuple[list[Mergeable], list[L
     reasons: list[LayoutError] = []
     for each in encoders(model, example):
         try:
-            found += [_proved(model, example, each)] if each.inputs == {"pixels"} else []
+            found += [_proved(model, example, each)] if "pixels" in each.inputs else []
         except LayoutError as error:
             reasons.append(error)
     return found, reasons
@@ -189,6 +189,8 @@ def _all_proved(model: nn.Module, example: Any) -> tuple[list[Mergeable], list[L
 def _proved(model: nn.Module, example: Any, encoder: Encoder) -> Mergeable:
     modules = [each.call.module for each in encoder.layers]
     try:
+        if encoder.inputs != {"pixels"}:
+            raise LayoutError("they are made of images and of integers (words, a mask, sizes of grids) together")
         if len(set(modules)) < len(modules):
             raise LayoutError("several of its layers are one module")
         prefix = prefix_of(model, example, encoder)
