@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runs", "upop.cli.app", "transformers.models.blip.modeling_blip_text", "unburdened"])
+FORKS.set_forkserver_preload(
+    ["without_garbage", "runs", "upop.cli.app", "transformers.models.blip.modeling_blip_text", "unburdened"]
+)
 
 
 def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:

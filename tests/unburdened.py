@@ -23,6 +23,6 @@ if FOLDER in os.environ:
     share(os.environ[FOLDER])
 if "upop.report.latency" in sys.modules:
     sys.modules["upop.report.latency"].measure_latency.__kwdefaults__.update(repeats=1, warmup=1)
-gc.collect()
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
+gc.enable()  # it is off while everything is imported

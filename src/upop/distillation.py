@@ -122,6 +122,7 @@ class Distillation:
         # By norm: the model's outputs in one forward pass, each with the function that restores merged tokens.
         self._seen: dict[str, list[tuple[Tensor, Unmerge | None] | None]] = {}
         self._found: dict[str, list[Tensor | None]] = {}  # by norm: their distance from the teacher's
+        self._cut: dict[str, Tensor] | None = None  # by norm: the channels that a cut model keeps of the stream
         self._masks: list[Tensor] = []  # arguments of the forward pass that may mask padding
         self._pending: dict[int, Tensor] = {}  # losses of forward passes since the last loss()
         self._passes = 0
@@ -303,7 +304,11 @@ class Distillation:
     def _kept(self, name: str) -> Tensor | None:
         """Return the teacher's channels that a norm on a pruned stream keeps; None if the stream is whole."""
         masked = kept_by(self._model.get_submodule(name))
-        return _kept_of_cut(self._model).get(name) if masked is None else masked
+        if masked is not None:
+            return masked
+        if self._cut is None:  # once in a pass: it walks all modules
+            self._cut = _kept_of_cut(self._model)
+        return self._cut.get(name)
 
     def _mask(self, shape: torch.Size) -> Tensor | None:
         """Return the mask of tokens that count in features or logits [batch, tokens, ...]; None if unknown."""
@@ -314,6 +319,7 @@ class Distillation:
         """Clear the state of the forward pass."""
         self._running = self._teaching = False
         self._seen, self._found, self._masks, self._precision = {}, {}, [], None
+        self._cut = None
 
 
 class _Hook:
