@@ -69,6 +69,7 @@ MERGING: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "transformers deit": (lambda: of("DeiTForImageClassification"), 18),
     "transformers clip": (clip, 17),
     "transformers siglip": (lambda: of("SiglipVisionModel"), 16),
+    "transformers dinov2": (lambda: of("Dinov2WithRegistersModel"), 21),
     "transformers blip": (lambda: of("BlipVisionModel"), 17),
 }
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -377,7 +378,7 @@ def test_models_of_ours_that_merge_are_exported(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm vit", "transformers siglip"])
+@pytest.mark.parametrize("name", ["timm vit", "transformers siglip", "transformers dinov2"])
 def test_a_merging_model_is_exported_with_any_batch(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

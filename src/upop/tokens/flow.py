@@ -71,6 +71,21 @@ class Flow:
             guide = guide - (found.source < guide.unsqueeze(1)).sum(1)
         return replace(self, layer=self.layer + 1, size=size, guide=guide, matches=(*self.matches, found))
 
+    def masked(self, mask: Tensor, tokens: int) -> Tensor:
+        """Return an attention mask for the tokens that are left, [batch, heads, 1 or tokens, tokens].
+
+        Some models make one mask for all layers, [batch or 1, heads or 1, 1 or T, T], at least while they are exported.
+        """
+        for found in self.matches if mask.shape[-1] != tokens and mask.dim() == 4 else ():
+            if found is not None:
+                left, (_, heads, rows, _) = found.kept, mask.shape
+                mask = mask.expand(left.shape[0], -1, -1, -1)  # len() would fix the batch of a graph
+                mask = mask.gather(3, left[:, None, None, :].expand(-1, heads, rows, -1))
+                mask = (
+                    mask if rows == 1 else mask.gather(2, left[:, None, :, None].expand(-1, heads, -1, left.shape[1]))
+                )
+        return mask
+
     def unmerged(self, tokens: Tensor) -> Tensor:
         """Restore all tokens but the cross token, [batch, tokens, hidden]; merged ones are at all their positions."""
         for found in reversed(self.matches):

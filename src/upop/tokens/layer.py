@@ -201,6 +201,8 @@ class LayerPass:
         self._saw(query, key, more.get("scale"))
         if self.merger.causal:
             attn_mask, is_causal = None, False
+        elif attn_mask is not None:
+            attn_mask = self.flow.masked(attn_mask, self.tokens)
         bias = self._bias(query.dtype, query.device)
         if bias is not None and query.dim() == 3:
             bias = bias.expand(-1, query.shape[0] // self.batch, -1, -1).flatten(0, 1)
