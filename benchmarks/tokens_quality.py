@@ -4,8 +4,9 @@ Five generated tasks at 112 pixels (benchmarks/tokens_tasks.py), cut to a half, 
 multiply-adds, then trained for as many steps, taught by the dense model:
 
 - weights: `upop.calibrate`;
-- tokens: `upop.merge_tokens` alone; "tokens, cross" has CrossGET's cross tokens, which lead the merging and learn by
-  the cross loss (BLIP: every layer of the image tower and of the text layers that look; CLIP: as published);
+- tokens: `upop.merge_tokens` as far as it goes, and weights only where that does not suffice; "tokens, cross" has
+  CrossGET's cross tokens, which lead the merging and learn by the cross loss (BLIP: every layer of the image tower and
+  of the text layers that look; CLIP: as published);
 - both: `upop.calibrate_with_tokens`, which shares the budget by the loss on held-out batches; "both, cross" has the
   same share, and cross tokens.
 
@@ -23,11 +24,9 @@ import argparse
 import copy
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -35,7 +34,8 @@ from torch import nn
 
 import upop
 from dense_tasks import one_of
-from tokens_tasks import BATCH, KINDS, PATCH, PIXELS, SHOWN, Bench
+from tokens_tables import ARMS, FACTORS, ahead, at_speed, summary, table
+from tokens_tasks import BATCH, KINDS, PATCH, PIXELS, Bench
 from upop.checkpoints import load
 from upop.cli.shapes import score_captions_of_shapes
 from upop.errors import SettingError
@@ -43,31 +43,23 @@ from upop.files import write_json
 from upop.machine import machine
 from upop.models.blip_cross import add_cross_tokens
 from upop.models.crossget import CrossGetClip
+from upop.pruning.plan import plan_of
 from upop.tokens.budget import Goal, best_of, find_shares, goal_of, merge_share
 from upop.tokens.encoders import removed_tokens
 
 RESULT = Path(__file__).parent / "results" / "tokens_quality_cpu.json"
-FACTORS = (3.0, 4.0, 2.0)
-"""In the order in which they are measured."""
-ARMS = ("weights", "tokens", "both", "tokens, cross", "both, cross")
 RANKING, HELD_OUT = 4, 6
 """Batches that rank, and that compare shares."""
 
 
-def cells(tasks: Sequence[str], seeds: int) -> Iterator[tuple[str, str, float, int]]:
+def cells(tasks: Sequence[str], seeds: int, factors: Sequence[float]) -> Iterator[tuple[str, str, float, int]]:
     """Yield task, arm, factor and seed of what is to be measured, such that those that say most come first."""
     plain = [arm for arm in ARMS if "cross" not in arm]
     crossed = [arm for arm in ARMS if "cross" in arm]
-    for seed in range(seeds):
-        for arms, factors in (
-            (plain, FACTORS[:2]),
-            (crossed, FACTORS[:1]),
-            (plain, FACTORS[2:]),
-            (crossed, FACTORS[1:]),
-        ):
-            for task, factor, arm in itertools.product(tasks, factors, arms):
-                if task != "classification" or arm in plain:
-                    yield task, arm, factor, seed
+    for seed, arms in itertools.product(range(seeds), (plain, crossed)):
+        for factor, task, arm in itertools.product(factors, tasks, arms):
+            if task != "classification" or arm in plain:
+                yield task, arm, factor, seed
 
 
 class Cells:
@@ -151,6 +143,7 @@ def measure(bench: Bench, arm: str, factor: float, seed: int, steps: int, known:
     if macs > 1.01 * goal.macs:
         return {**row, "refused": f"{macs:,} multiply-adds are left of {goal.dense:,}"}
     row |= {"share": share, **described, "removed": removed_of(model), "macs": macs, "of": goal.dense}
+    row["cut"] = plan_of(model) is not None
     if not seed:
         row["before"] = round(bench.quality(model)[bench.metric], 2)
     bench.train(model, steps, bench.kind.rate / 2, seed, bench.dense, settings)
@@ -199,92 +192,13 @@ def latency(folder: Path, tasks: Sequence[str], rounds: int) -> dict[str, Any]:
     return found
 
 
-# Tables.
-
-
-def summary(rows: Sequence[dict[str, Any]], times: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a group per task, factor and arm: mean and standard deviation over seeds, and measured speed."""
-    groups = []
-    for task, factor, arm in itertools.product(KINDS, sorted(FACTORS), ARMS):
-        mine = [row for row in rows if (row["task"], row.get("factor"), row["arm"]) == (task, factor, arm)]
-        good = [row for row in mine if "quality" in row]
-        if not mine:
-            continue
-        group: dict[str, Any] = {"task": task, "factor": factor, "arm": arm, "metric": mine[0]["metric"]}
-        if not good:
-            groups.append({**group, "refused": mine[0]["refused"]})
-            continue
-        values = [row["quality"] for row in good]
-        group |= {"mean": round(mean(values), 2), "std": round(stdev(values), 2) if len(values) > 1 else None}
-        group |= {"seeds": len(values), "values": values, "before": good[0].get("before")}
-        group |= {"share": good[0]["share"], "removed": good[0]["removed"]}
-        group["macs"] = round(mean(row["macs"] / row["of"] for row in good), 4)
-        timed = times.get(task, {})
-        group["faster"] = {
-            batch: round(each["dense"] / each[f"{arm}/{factor:g}x"], 3)
-            for batch, each in timed.items()
-            if f"{arm}/{factor:g}x" in each
-        }
-        groups.append(group)
-    return groups
-
-
-def ahead(groups: Sequence[dict[str, Any]], task: str, factor: float) -> dict[str, Any] | None:
-    """Return how far the better `both` is ahead of the better single one at equal multiply-adds, and the spread."""
-    column = [group for group in groups if (group["task"], group.get("factor")) == (task, factor) and "mean" in group]
-    both = [group for group in column if group["arm"].startswith("both")]
-    single = [group for group in column if not group["arm"].startswith("both")]
-    if not both or not single:
-        return None
-    best, other = (max(each, key=lambda group: group["mean"]) for each in (both, single))
-    spread = max(best["std"] or 0.0, other["std"] or 0.0)
-    lead = round(best["mean"] - other["mean"], 2)
-    return {"both": best["arm"], "single": other["arm"], "lead": lead, "spread": spread, "ahead": lead > spread}
-
-
-def at_speed(groups: Sequence[dict[str, Any]], task: str, factor: float, batch: str) -> dict[str, float]:
-    """Return what each way reaches at the measured speed of `both` of a factor, between its neighbouring factors.
-
-    Quality is a straight line over the logarithm of the speed between two factors; the dense model is the first point.
-    A way that is never as fast has no figure.
-    """
-    mine = [group for group in groups if group["task"] == task and group.get("faster", {}).get(batch)]
-    speed = next((g["faster"][batch] for g in mine if (g["arm"], g.get("factor")) == ("both", factor)), None)
-    found: dict[str, float] = {}
-    for arm in ARMS if speed else ():
-        points = sorted((math.log(g["faster"][batch]), g["mean"]) for g in mine if g["arm"] == arm)
-        dense = next((group["mean"] for group in groups if group["task"] == task and group["arm"] == "dense"), None)
-        points = ([(0.0, dense)] if dense is not None else []) + points
-        for (slow, one), (fast, other) in itertools.pairwise(points):
-            if slow <= math.log(speed) <= fast + 1e-9 and fast > slow:
-                found[arm] = round(one + (other - one) * (math.log(speed) - slow) / (fast - slow), 2)
-    return found
-
-
-def table(groups: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown of the figures at equal multiply-adds."""
-    lines = ["| task | multiply-adds | " + " | ".join(ARMS) + " | both is ahead by |", "| --- | --- |" + " ---: |" * 6]
-    for task, factor in itertools.product(KINDS, sorted(FACTORS)):
-        column = {g["arm"]: g for g in groups if (g["task"], g.get("factor")) == (task, factor)}
-        if not column:
-            continue
-        figures = []
-        for arm in ARMS:
-            group = column.get(arm, {})
-            spread = f" ± {group['std']:.1f}" if group.get("std") is not None else ""
-            figures.append(f"{group['mean']:.1f}{spread}" if "mean" in group else "out of reach" if group else "-")
-        lead = ahead(groups, task, factor)
-        said = "-" if lead is None else f"{lead['lead']:+.1f}"
-        lines.append(f"| {SHOWN.get(task, task)} | 1/{factor:g} | {' | '.join(figures)} | {said} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure what is not measured yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", type=one_of([*KINDS]), default=[*KINDS])
     parser.add_argument("--folder", type=Path, required=True, help="data, dense models and cells")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, choices=FACTORS)
     parser.add_argument("--recovery", type=int, default=30, help="training steps after a cut")
     parser.add_argument("--latency", action="store_true", help="time the models of the first seed")
     parser.add_argument("--rounds", type=int, default=10, help="of timing")
@@ -294,7 +208,9 @@ def main() -> None:
     score_captions_of_shapes()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     known, benches = Cells(arguments.folder), dict[str, Bench]()
-    for task, arm, factor, seed in [] if arguments.table else cells(arguments.tasks, arguments.seeds):
+    for task, arm, factor, seed in (
+        [] if arguments.table else cells(arguments.tasks, arguments.seeds, arguments.factors)
+    ):
         if known.find(task=task, arm=arm, factor=factor, seed=seed):
             continue
         if task not in benches:

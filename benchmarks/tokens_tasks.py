@@ -90,7 +90,6 @@ KINDS = {
         },
     ),
 }
-SHOWN = {"nlvr": "visual reasoning", "caption": "captioning", "vqa": "VQA", "retrieval-crossget": "CLIP retrieval"}
 _LOOKING = 600
 """Steps of learning to look."""
 

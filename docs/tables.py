@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parent))
 
 import quality_markdown as quality
 
+import tokens_tables
 import upop
 from upop.published_data import PUBLISHED_DATA
 from upop.recipes import read_recipes
@@ -513,6 +514,7 @@ def uniform() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "tokens": lambda: tokens_tables.table(read("tokens_quality_cpu")["groups"]),
     "demo": demo,
     "together": together,
     "caption": lambda: models(
