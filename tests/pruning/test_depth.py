@@ -143,6 +143,17 @@ def test_an_empty_branch_trains_on_and_is_no_part_of_another_search() -> None:
     assert [group.size for group in upop.find_groups(model)][:2] == [0, 0]
 
 
+def test_torchs_attention_without_channels_gives_weights_and_its_bias() -> None:
+    model, tokens = nn.MultiheadAttention(16, 4, batch_first=True).eval(), torch.randn(2, 5, 16)
+    nn.init.normal_(model.out_proj.bias)
+    (group,) = upop.find_groups(model, (tokens, tokens, tokens))
+    upop.shrink(model, {group.name: []})
+    for each in (model, copy.deepcopy(model)):
+        found, weights = each(tokens, tokens, tokens)
+        torch.testing.assert_close(found, model.out_proj.bias.expand_as(found))
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
+
+
 def test_an_attention_that_cannot_run_empty_is_left_whole() -> None:
     model, tokens = Split(), torch.randn(2, 5, 16)
     (group,) = upop.find_groups(model, tokens)

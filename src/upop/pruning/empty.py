@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn, reshape
 from torch.overrides import TorchFunctionMode
 
+from upop.pruning.uncut import Uncut, mixed
+
 _SHAPED = (Tensor.view, Tensor.reshape, reshape)
 
 
@@ -37,27 +39,13 @@ def _with_open_length(shape: Sequence[int], sizes: list[Any]) -> list[Any]:
     return sizes
 
 
-class Empty:
+class Empty(Uncut):
     """Mixin for a module whose attention was pruned whole."""
-
-    uncut_class: type[nn.Module]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward, with lengths that cannot be inferred filled in."""
         with _Open():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce__(self: Any) -> Any:
-        """Copy and pickle as the original class: the mixed one cannot be imported."""
-        return _revived, (self.uncut_class,), self.__dict__
-
-
-def _revived(kind: type[nn.Module]) -> nn.Module:
-    made = empty_class(kind)
-    return made.__new__(made)
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def empty_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -65,8 +53,4 @@ def empty_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     A class that already replaces the original for a cut is returned as it is, since it knows all lengths.
     """
-    if "uncut_class" in kind.__dict__:
-        return kind
-    if kind not in _classes:
-        _classes[kind] = type(f"Empty{kind.__name__}", (Empty, kind), {"uncut_class": kind})
-    return _classes[kind]
+    return kind if "uncut_class" in kind.__dict__ else mixed(Empty, kind)

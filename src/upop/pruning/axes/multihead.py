@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from upop.pruning.uncut import Uncut, mixed
+
 
 class _Calls(TorchFunctionMode):
     """Computes torch's attention function with the head width that the weights have."""
@@ -21,13 +23,11 @@ class _Calls(TorchFunctionMode):
         return (_called if func is F.multi_head_attention_forward else func)(*args, **(kwargs or {}))
 
 
-class NarrowCalls:
+class NarrowCalls(Uncut):
     """Mixin for a module that calls `F.multi_head_attention_forward`, once its heads are narrower.
 
     Parameters, arguments and results stay those of the original class.
     """
-
-    uncut_class: type[nn.Module]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward; torch's function computes narrow heads for it."""
@@ -135,7 +135,7 @@ def _called(
     dropout = dropout_p if training else 0.0
     shares = None
     if need_weights:
-        scores = queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5
+        scores = queries @ keys.transpose(-2, -1) * max(1, queries.shape[-1]) ** -0.5
         shares = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout)
         heads = shares @ values
         shares = shares.mean(1) if average_attn_weights else shares
@@ -165,24 +165,8 @@ def _mask(attention: Tensor | None, padding: Tensor | None, queries: Tensor, hea
     return None if not added else added[0] if len(added) == 1 else added[0] + added[1]
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def narrow_multihead(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class for a cut module of class `kind` that calls torch's attention function."""
     if issubclass(kind, NarrowCalls):
         return kind
-    if kind not in _classes:
-        mixin = NarrowMultihead if issubclass(kind, nn.MultiheadAttention) else NarrowCalls
-        content = {"uncut_class": kind, "__reduce__": _reduced}
-        _classes[kind] = type(f"Narrow{kind.__name__}", (mixin, kind), content)
-    return _classes[kind]
-
-
-def _reduced(self: nn.Module) -> object:
-    """Copy and pickle as the original class: the narrow one cannot be imported."""
-    return _revived, (type(self).__dict__["uncut_class"],), self.__dict__
-
-
-def _revived(kind: type[nn.Module]) -> nn.Module:
-    return narrow_multihead(kind).__new__(narrow_multihead(kind))
+    return mixed(NarrowMultihead if issubclass(kind, nn.MultiheadAttention) else NarrowCalls, kind)

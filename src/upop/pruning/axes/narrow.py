@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from upop.pruning.uncut import Uncut, mixed
+
 WIDTHS = "cut_widths"
 """Attribute of a narrow module: which calls name which width -> the new one.
 
@@ -182,26 +184,13 @@ def _ends(sizes: Sequence[int]) -> list[int]:
     return [math.prod(sizes[:place]) for place in range(len(sizes) + 1)]
 
 
-class Narrow:
+class Narrow(Uncut):
     """Mixin for a module whose forward hard-codes a width that was cut."""
-
-    uncut_class: type[nn.Module]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward with the current widths."""
         with _Widths(self.__dict__[WIDTHS]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce__(self: Any) -> Any:
-        """Copy and pickle as the original class: the narrow one cannot be imported."""
-        return _revived, (self.uncut_class,), self.__dict__
-
-
-def _revived(kind: type[nn.Module]) -> nn.Module:
-    return narrow_class(kind).__new__(narrow_class(kind))
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def narrow_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -209,8 +198,4 @@ def narrow_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     A class that is already narrow is returned as it is: the module is cut once more.
     """
-    if issubclass(kind, Narrow):
-        return kind
-    if kind not in _classes:
-        _classes[kind] = type(f"Narrow{kind.__name__}", (Narrow, kind), {"uncut_class": kind})
-    return _classes[kind]
+    return kind if issubclass(kind, Narrow) else mixed(Narrow, kind)
