@@ -150,6 +150,20 @@ def _qwen(folder: Path, model: Any, config: Any, text: Any, vision: Any, process
     return _saved(folder, model(found), made)
 
 
+def qwen2_vl(folder: Path) -> Path:
+    text = {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+    }
+    return _qwen(folder, t.Qwen2VLForConditionalGeneration, t.Qwen2VLConfig, text, vision, t.Qwen2VLProcessor)
+
+
 def qwen2_5_vl(folder: Path) -> Path:
     text = {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]}}
     vision = {
@@ -279,7 +293,19 @@ def florence2(folder: Path) -> Path:
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     each.__name__: each
-    for each in (llama, smolvlm, idefics3, llava, qwen2_5_vl, qwen3_vl, paligemma, gemma3, internvl, florence2)
+    for each in (
+        llama,
+        smolvlm,
+        idefics3,
+        llava,
+        qwen2_vl,
+        qwen2_5_vl,
+        qwen3_vl,
+        paligemma,
+        gemma3,
+        internvl,
+        florence2,
+    )
 }
 
 
