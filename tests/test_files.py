@@ -118,7 +118,7 @@ def test_a_changed_file_is_replaced_only_if_that_is_meant(tmp_path: Path) -> Non
 def test_a_folder_of_another_kind_is_replaced_only_if_that_is_meant(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     with (
-        pytest.raises(RunFolderError, match="holds a model of upop, and exported graphs would take its place"),
+        pytest.raises(RunFolderError, match="exported graphs"),
         replacing_folder(tmp_path / "model", "graphs"),
     ):
         raise AssertionError("nothing is computed before it is refused")
@@ -126,7 +126,7 @@ def test_a_folder_of_another_kind_is_replaced_only_if_that_is_meant(tmp_path: Pa
         (fresh / "graph").write_text("new")
     assert names(tmp_path / "model") == [MARKER, "graph"]
     SharedFolder(tmp_path / "run", "run").claim("notes").write_text("1")
-    with pytest.raises(RunFolderError, match="holds a run of upop, with notes"):
+    with pytest.raises(RunFolderError, match=r"run of upop.*notes"):
         write_model(tmp_path / "run", overwrite=True)
 
 
@@ -144,7 +144,7 @@ def test_a_link_to_a_folder_is_followed_and_stays(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "model" / "weights").read_text() == "new"
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    with pytest.raises(RunFolderError, match=r"nowhere should be a folder, but there is a link to .*gone"):
+    with pytest.raises(RunFolderError, match=r"nowhere .*a link to .*gone"):
         write_model(tmp_path / "nowhere")
     assert names(tmp_path / "disk") == ["model", f"model/{MARKER}", "model/deep", "model/deep/config", "model/weights"]
 
@@ -159,7 +159,7 @@ def test_a_file_a_pipe_and_the_working_directory_are_no_folders_to_replace(
     for overwrite in (False, True):
         with pytest.raises(RunFolderError, match=r"a file of 14 bytes, which begins 'image,caption\\n', of that name"):
             write_model(tmp_path / "captions.csv", overwrite=overwrite)
-        with pytest.raises(RunFolderError, match="a device, a pipe or a socket of that name"):
+        with pytest.raises(RunFolderError, match="a pipe or a socket"):
             write_model(tmp_path / "pipe", overwrite=overwrite)
     monkeypatch.chdir(tmp_path / "model" / "deep")
     for place in (Path(), Path(".."), tmp_path / "model"):
@@ -192,7 +192,7 @@ def test_an_empty_folder_is_filled_and_the_last_entry_comes_last(
     assert order[-1] == "b"
     assert names(tmp_path) == ["data", *(f"data/{name}" for name in "abcdefgh")]
     assert folder.stat().st_ino == before
-    with pytest.raises(RunFolderError, match="upop did not write what it holds: a, b, c"), replacing_folder(folder):
+    with pytest.raises(RunFolderError, match=r"did not write.*: a, b, c"), replacing_folder(folder):
         pass  # without a marker nothing is replaced
 
 
@@ -392,7 +392,7 @@ def test_links_and_folders_are_no_files_to_replace(tmp_path: Path) -> None:
     (tmp_path / "folder" / "thesis.tex").write_text("three years of work")
     before = contents(tmp_path)
     for name, described in (("link", "a link to 'victim'"), ("folder", r"a folder with thesis\.tex")):
-        with pytest.raises(RunFolderError, match=f"should be a file, but there is {described} of that name"):
+        with pytest.raises(RunFolderError, match=f"a file.*{described} of that name"):
             write_text(tmp_path / name, "new", replace=True)
     assert contents(tmp_path) == before
 
@@ -557,7 +557,7 @@ def test_a_shared_folder_is_refused_with_anything_of_others_but_logs(tmp_path: P
     (tmp_path / "run" / "examples").mkdir()
     (tmp_path / "run" / "examples" / "mine.py").write_text("code")
     before = contents(tmp_path)
-    with pytest.raises(RunFolderError, match=r"files that upop did not write: examples/\. Nothing was changed"):
+    with pytest.raises(RunFolderError, match=r"did not write: examples/\. Nothing was changed"):
         run.check()
     with pytest.raises(RunFolderError, match="examples/"):
         run.claim("results.json")

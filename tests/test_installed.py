@@ -123,7 +123,7 @@ def test_commands_work_in_an_empty_folder(installed: Path, tmp_path: Path) -> No
     assert "nlvr2-10x" in shown
     assert "missing  annotation" in shown  # what a dry run looks for lies in the folder, not in the package
     assert "BlipNlvr" in shown
-    assert f"the one of the installed upop is used: {installed / 'upop/configs/nlvr.yaml'}" in shown.replace("\n", "")
+    assert f"is used: {installed / 'upop/configs/nlvr.yaml'}" in shown.replace("\n", "")
     assert "pretrained/model_base_nlvr.pth is no checkpoint" in shown  # as the settings say, and it is looked for here
     assert "did you mean 'caption_coco.yaml'" in shown
     assert {path.name for path in tmp_path.iterdir()} <= {"data", "out"}

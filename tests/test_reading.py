@@ -119,13 +119,13 @@ def test_what_is_no_json_file_is_told_by_name(
 def test_readers_of_annotations_wait_for_nobody(tmp_path: Path, read: Any) -> None:
     path = tmp_path / "list.json"
     os.mkfifo(path)
-    with pytest.raises(DataError, match=r"list\.json .*cannot be read: it is a named pipe, not a file"):
+    with pytest.raises(DataError, match=r"list\.json .*cannot be read: .*named pipe"):
         read(path)
 
 
 def test_lines_of_json_are_told_to_be_a_list(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('{"image": "a.png"}\n{"image": "b.png"}\n')
-    with pytest.raises(DataError, match=r"Extra data: line 2 .* Put its lines into one list"):
+    with pytest.raises(DataError, match=r"Extra data: line 2 .*lines into"):
         read_samples(tmp_path / "list.json")
 
 

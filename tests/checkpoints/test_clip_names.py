@@ -82,7 +82,7 @@ def test_a_compressed_blip_is_written_with_the_published_scale(tmp_path: Path) -
 
 
 def test_a_model_of_another_task_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="BlipNlvr cannot be written as a checkpoint of 'retrieval-clip'"):
+    with pytest.raises(CheckpointError, match=r"BlipNlvr.*checkpoint.*'retrieval-clip'"):
         save_official("retrieval-clip", NLVR.build(), tmp_path / "x.pth")
     with pytest.raises(SettingError, match="did you mean 'retrieval-clip'"):
         save_official("retrieval_clip", clip(), tmp_path / "x.pth")

@@ -130,13 +130,13 @@ def test_a_class_that_computes_something_else_is_not_written(tmp_path: Path) -> 
     model.global_pool = "avg"  # transformers' ViT reads the class token
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    with pytest.raises(VerificationError, match="does not compute what the VisionTransformer does"):
+    with pytest.raises(VerificationError, match=r"does not compute.*VisionTransformer"):
         write_model(model, tmp_path / "theirs", "hugging-face")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_has_no_counterpart_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"transformers has no class for a BlipNlvr: it has BlipForCond"):
+    with pytest.raises(CheckpointError, match=r"no class.*BlipNlvr: it has BlipForCond"):
         write_model(NLVR.build(torch.float32), tmp_path / "x", "hugging-face")
     bert().save_pretrained(tmp_path / "bert")
     with pytest.raises(CheckpointError, match=r"BertForSequenceClassification .*needs no conversion"):
@@ -144,7 +144,7 @@ def test_what_has_no_counterpart_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no published form"):
         write_model(nn.Linear(2, 2), tmp_path / "x.pth", "official")
     torch.save({"model": {"conv.weight": torch.ones(2)}}, tmp_path / "y.pth")
-    with pytest.raises(CheckpointError, match="holds no model of a known task"):
+    with pytest.raises(CheckpointError, match="known task"):
         read_model(tmp_path / "y.pth")
     with pytest.raises(SettingError, match="did you mean 'caption'"):
         read_model(tmp_path / "y.pth", "captions")

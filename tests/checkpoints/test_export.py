@@ -138,9 +138,9 @@ def test_a_caption_is_written_word_by_word_outside_torch(
 def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"'onxx' is not known \(did you mean 'onnx'"):
         upop.export(compressed("nlvr"), tmp_path / "out", "onxx")  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match="quantize='int8' is for onnx and openvino, and the format is 'torch"):
+    with pytest.raises(SettingError, match=r"quantize='int8'.*openvino.*'torch"):
         upop.export(compressed("nlvr"), tmp_path / "out", "torch-export", quantize="int8")
-    with pytest.raises(SettingError, match=r"read off one call of it.*upop\.export\(model, folder, example="):
+    with pytest.raises(SettingError, match=r"one call.*upop\.export\(model, folder, example="):
         upop.export(Determinant(asked=True), tmp_path / "out")
     with pytest.raises(SettingError, match=r"input2 has shape \(1, 4\).* Give a batch of 2 or more"):
         upop.export(nn.Bilinear(4, 4, 2), tmp_path / "out", example=(torch.ones(2, 4), torch.ones(1, 4)))
@@ -160,7 +160,7 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
             return lambda *inputs: run(*inputs) * 1.001
 
     monkeypatch.setattr(torch.export, "load", lambda file: Spoilt(real(file)))
-    with pytest.raises(VerificationError, match="graph 'image' does not compute what the model does"):
+    with pytest.raises(VerificationError, match=r"graph 'image'.*compute"):
         upop.export(model, tmp_path / "out", "torch-export")
     assert not any(tmp_path.iterdir())
 
@@ -176,7 +176,7 @@ def test_a_program_that_the_disk_has_no_room_for_leaves_the_older_one(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RunFolderError, match=r"No space left on device\. What was there before is kept"):
+    with pytest.raises(RunFolderError, match=r"No space left on device\. .*there before"):
         upop.export(model, tmp_path / "out", "torch-export", example=example)
     assert file.read_bytes() == before
 
@@ -306,7 +306,7 @@ def test_ranges_of_graphs_that_follow_each_other_are_measured_on_what_the_first_
     graphs = json.loads((folder / "export.json").read_text())["graphs"]
     assert {graph["quantized"]["ranges"] for graph in graphs.values()} == {"of 4 samples"}
     assert all(graph["quantized"]["difference"] < 0.2 for graph in graphs.values())
-    with pytest.raises(SettingError, match=r"has the graphs vision, decoder: give a sample as a mapping"):
+    with pytest.raises(SettingError, match=r"has the graphs vision, decoder: .*sample.*mapping"):
         upop.export(model, tmp_path / "other", quantize="int8", samples=[samples[0]["images"]])
     with pytest.raises(SettingError, match=r"A sample has no attention_mask; the graph takes input_ids"):
         upop.export(model, tmp_path / "other", quantize="int8", samples=[{**samples[0], "attention_mask": None}])
@@ -324,9 +324,7 @@ def test_two_images_of_a_sample_are_told_apart() -> None:
 
 def test_an_operation_that_onnx_lacks_is_refused_and_torch_export_takes_it(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
-    with pytest.raises(
-        SettingError, match=r"ONNX, which has no operation for aten\.\S+\. Write it with .*torch-export"
-    ):
+    with pytest.raises(SettingError, match=r"no operation for aten\.\S+\. Write it with .*torch-export"):
         upop.export(Determinant(), tmp_path / "out", example=torch.randn(2, 4))
     assert not any(tmp_path.iterdir())
     assert (

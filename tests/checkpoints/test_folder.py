@@ -99,7 +99,7 @@ def test_other_models_come_back_into_their_dense_form(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(inputs), model(inputs))
         assert torch.equal(upop.load(tmp_path / "vit", dense())(inputs), model(inputs))
-    with pytest.raises(CheckpointError, match=r"Build the dense model and call upop\.load_into"):
+    with pytest.raises(CheckpointError, match=r"Build.*dense model.*upop\.load_into"):
         upop.load(tmp_path / "vit")
     with pytest.raises(CheckpointError, match=r"does not fit(.|\n)*holds a timm\..*VisionTransformer"):
         upop.load_into(dense(depth=3), tmp_path / "vit")

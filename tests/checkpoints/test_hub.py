@@ -52,9 +52,7 @@ def test_paths_are_not_asked_for_on_the_hub(name: str, hub: CALLS, tmp_path: Pat
 
 
 def test_what_the_hub_does_not_give_is_named(hub: CALLS) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"^me/gone is neither a path here nor a model that the hub gives .*404 Client Error: no"
-    ):
+    with pytest.raises(CheckpointError, match=r"^me/gone .*404 Client Error: no"):
         upop.load("me/gone")
 
 

@@ -166,7 +166,7 @@ def test_layers_that_have_to_stay_are_saved_as_they_are(
     build: Any, gone: tuple[int, ...], why: str, tmp_path: Path
 ) -> None:
     model = without(build(), *gone)
-    with pytest.warns(UserWarning, match=f"Layers of which nothing is left stay in the file: .*{why}"):
+    with pytest.warns(UserWarning, match=f"Layers.*stay in the file: .*{why}"):
         upop.save(model, tmp_path / "saved")
     assert torch.equal(outputs(upop.load(tmp_path / "saved")), outputs(model))
 

@@ -116,9 +116,9 @@ def test_saving_while_masks_are_on_is_said(tmp_path: Path) -> None:
 def test_models_without_weights_are_not_saved_nor_verified(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, image_size=16, patch_size=8))
-    with pytest.raises(LayoutError, match="on the meta device and has no weights to save"):
+    with pytest.raises(LayoutError, match=r"meta device.*weights"):
         upop.save(model, tmp_path / "out")
-    with pytest.raises(LayoutError, match="meta device and has no outputs to verify"):
+    with pytest.raises(LayoutError, match=r"meta device.*outputs"):
         upop.shrink(model, {"vit.layers.0.mlp": [0]}, verify=PIXELS)
 
 
@@ -141,7 +141,7 @@ def test_quantized_layers_are_left_alone_and_named(quantize: Callable[[nn.Module
     assert not found.groups
     named = {part.name for part in found.skipped if "prune the model before it is quantised" in part.reason}
     assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"} <= named
-    with pytest.raises(LayoutError, match="prune the model before it is quantised"):
+    with pytest.raises(LayoutError, match="quantised"):
         upop.Pruner(model, 0.5, 2)
 
 

@@ -162,7 +162,7 @@ def test_the_wrong_number_of_heads_is_noticed_for_compressed_files(tmp_path: Pat
     model = SMALL()
     upop.shrink(model, {group.name: range(5) for group in upop.find_groups(model)})
     torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="rows, which is no number of channels"):
+    with pytest.raises(CheckpointError, match=r"rows.*number of channels"):
         upop.load_official("nlvr", tmp_path / "x.pth", **{**SIZES, "text_heads": 8})
 
 
@@ -244,7 +244,7 @@ def test_starting_from_a_folder_of_another_task_takes_the_towers_that_both_have(
 
 def test_starting_from_a_folder_without_a_common_tower_is_refused(tmp_path: Path) -> None:
     upop.save(torch.nn.Linear(2, 2), tmp_path / "other")
-    with pytest.raises(CheckpointError, match="which is no model of a task with published checkpoints"):
+    with pytest.raises(CheckpointError, match="task with published checkpoints"):
         start_from("nlvr", tmp_path / "other" / "model.safetensors", nlvr(), any_towers=True)
 
 

@@ -286,7 +286,5 @@ def test_pickles_in_folders_for_the_hub_are_not_opened(library: str, tmp_path: P
         name, described = "open_clip_config.json", {"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}}
     (tmp_path / name).write_text(json.dumps(described))
     torch.save(Net().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        CheckpointError, match=r"holds no .*model\.safetensors, and upop does not read the pickles.*pytorch_model\.bin"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds no .*model\.safetensors, .*pickles.*pytorch_model\.bin"):
         upop.load(tmp_path)

@@ -102,7 +102,7 @@ def test_what_holds_only_a_piece_of_a_group_is_refused(tmp_path: Path) -> None:
     whole = [*range(8)]
     upop.shrink(outer, {"net.bert.encoder.layer.0.attention.self": whole[2:]}, verify=False)
     layer = outer.net.bert.encoder.layer[0]
-    with pytest.raises(LayoutError, match=r"only a part of its group net\.bert.*Save its module net\.bert\.encoder\."):
+    with pytest.raises(LayoutError, match=r"group net\.bert.*Save.*net\.bert\.encoder\."):
         upop.save(layer.attention.self, tmp_path / "piece")
     assert not (tmp_path / "piece").exists()
     hidden = torch.randn(2, 5, 32)
@@ -130,5 +130,5 @@ def test_a_part_that_merges_tokens_says_that_its_folder_does_not(tmp_path: Path)
     sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
     model = nn.Sequential(made(lambda: timm.create_model("vit_tiny_patch16_224", **sizes)), nn.Identity())
     upop.merge_tokens(model, 2, example=torch.randn(1, 3, 32, 32))
-    with pytest.warns(UserWarning, match="VisionTransformer is a part of a model that merges tokens"):
+    with pytest.warns(UserWarning, match="VisionTransformer .*merges tokens"):
         upop.save(model[0], tmp_path / "trunk")

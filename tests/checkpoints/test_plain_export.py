@@ -200,12 +200,12 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     bert = BertModel(BertConfig(**sizes, vocab_size=20)).eval()
-    with pytest.raises(SettingError, match=r"with Llama's layers, and a BertModel is none.*--to padded"):
+    with pytest.raises(SettingError, match=r"BertModel.*--to padded"):
         write_plain(bert, tmp_path / "out", "nemotron-nas")
     qwen = Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=20, num_key_value_heads=2, head_dim=8)).eval()
     with pytest.raises(SettingError, match=r"a Qwen3ForCausalLM is none: it has model\.layers\.0\.self_attn\.q_norm"):
         write_plain(qwen, tmp_path / "out", "nemotron-nas")
-    with pytest.raises(SettingError, match=r"neither transformers nor timm builds it.*--to onnx"):
+    with pytest.raises(SettingError, match=r"neither transformers nor timm.*--to onnx"):
         write_plain(torch.nn.Linear(2, 2), tmp_path / "out", "padded")
     with pytest.raises(SettingError, match=r"'paded' is not known \(did you mean 'padded'.*use upop\.export"):
         write_plain(bert, tmp_path / "out", "paded")  # type: ignore[arg-type]

@@ -159,9 +159,9 @@ def test_strict_false_warns_of_it(name: str, harm: str, tmp_path: Path) -> None:
 def test_weights_that_were_exchanged(name: str, tmp_path: Path) -> None:
     folder = rewritten(upop.save(MODELS[name](), tmp_path / "m"), lambda state: state[first(state)].mul_(2))
     for load in (upop.load, lambda place, **how: upop.load_into(MODELS[name](), place, **how)):
-        with pytest.raises(CheckpointError, match=r"not the file that was saved: .*SHA-256"):
+        with pytest.raises(CheckpointError, match="SHA-256"):
             load(folder)
-        with pytest.warns(UserWarning, match="not the file that was saved"):
+        with pytest.warns(UserWarning, match="SHA-256"):
             load(folder, strict=False)
 
 
@@ -190,9 +190,9 @@ class Same(nn.Module):
 def test_another_class_than_the_folders(tmp_path: Path) -> None:
     folder = upop.save(Net(), tmp_path / "m")
     assert type(upop.load_into(Other(), folder)) is Other
-    with pytest.raises(CheckpointError, match=r"cannot be loaded into a Same\. Build a Net"):
+    with pytest.raises(CheckpointError, match=r"a Same\. Build a Net"):
         upop.load_into(Same(), folder)
-    with pytest.warns(UserWarning, match="cannot be loaded into a Same"):
+    with pytest.warns(UserWarning, match="loaded into a Same"):
         upop.load_into(Same(), folder, strict=False)
 
 
@@ -391,7 +391,7 @@ def test_published_files_that_claim_more_than_they_hold(tmp_path: Path) -> None:
     assert type(upop.load_official("caption", tmp_path / "fine.pth", vision_heads=2, text_heads=2)) is BlipCaption
     position = "visual_encoder.pos_embed"
     torch.save({"model": {**state, position: torch.zeros(1).expand(1, 2**20 + 1, 24)}}, tmp_path / "wide.pth")
-    with pytest.raises(CheckpointError, match=r"pos_embed has shape .* holds only a part of its numbers"):
+    with pytest.raises(CheckpointError, match=r"pos_embed has shape .* .*holds.*numbers"):
         upop.load_official("caption", tmp_path / "wide.pth")
     torch.save({"model": {**state, "visual_encoder.blocks.4000.norm1.weight": torch.ones(24)}}, tmp_path / "deep.pth")
     with pytest.raises(CheckpointError, match=r"more than .* parts, and holds"):

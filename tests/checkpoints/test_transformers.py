@@ -441,12 +441,12 @@ def test_a_dense_model_cannot_be_compressed_by_its_configuration(tmp_path: Path)
 def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
     model, _ = compressed("vit")
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="Classification, and cannot be loaded into a BertForSequenceClass"):
+    with pytest.raises(CheckpointError, match=r"Classification.*BertForSequenceClass"):
         upop.load_into(bert(), upop.save(model, tmp_path / "ours"))
-    with pytest.raises(PlanError, match=r"do not fit BertForSequenceClassification: .*Load the folder with the class"):
+    with pytest.raises(PlanError, match=r"do not fit BertForSequenceClassification: .*folder.*class"):
         transformers.BertForSequenceClassification.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors\. Fetch or write its weights again"):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors\. .*Fetch.*weights"):
         upop.load(tmp_path)
     with pytest.raises(CheckpointError, match="nothing was found there"):
         upop.load(tmp_path / "gone")
@@ -457,7 +457,7 @@ def test_a_model_that_its_configuration_does_not_describe_is_left_unmarked() -> 
     model = vit()
     model.vit.layers[0].mlp.fc1 = nn.Linear(24, 50)
     model.vit.layers[0].mlp.fc2 = nn.Linear(50, 24)
-    with pytest.warns(UserWarning, match=r"is not what its configuration builds.*upop\.load_into"):
+    with pytest.warns(UserWarning, match=r"configuration.*upop\.load_into"):
         upop.shrink(model, {"vit.layers.0.mlp": range(45)})
     assert not hasattr(model.config, "quantization_config")
 

@@ -95,7 +95,7 @@ def test_the_table_is_for_people_and_a_wrong_number_is_refused(recipe: Path) -> 
     assert shown.exit_code == 0
     assert "What tiny needs" in shown.stdout
     refused = runner.invoke(app, ["check", "tiny", "--recipes", str(recipe), "--decode", "many"])
-    assert "--decode takes a number of images, or all; found 'many'" in str(refused.exception)
+    assert "--decode" in str(refused.exception) and "'many'" in str(refused.exception)
 
 
 def test_every_published_run_has_counts(monkeypatch: pytest.MonkeyPatch) -> None:

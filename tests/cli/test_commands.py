@@ -56,7 +56,7 @@ def test_settings_of_another_method_are_refused(
     given = ("compress", "nlvr", "--config", config, "--output-dir", tmp_path / "run")
     code, text = upop_command(*given, "--interval", "5")
     assert code == 1
-    assert "--interval 5 sets how often the published search updates its masks, and the method is upop" in text
+    assert "--interval 5" in text and "the method is upop" in text
     code, text = upop_command(*given, "--cost", "reference")
     assert code == 1
     assert "it takes method: reference" in text
@@ -237,7 +237,7 @@ def test_missing_data_is_named_where_nothing_is_set_up(
     code, text = upop_command("train", "nlvr", "--output-dir", tmp_path / "run")
     assert code == 1
     assert "nlvr_train.json" in text
-    assert f"ann_root is annotation, the default, relative to {tmp_path}; choose another with --set ann_root=" in text
+    assert f"relative to {tmp_path}" in text and "--set ann_root=" in text
     assert "Traceback" not in text
 
 

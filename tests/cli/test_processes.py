@@ -33,9 +33,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_a_lost_process_is_not_told_as_the_cause(torchrun: None) -> None:
-    with pytest.raises(
-        LostProcessError, match=r"without it: .* reset by peer\. See the error of that process"
-    ) as raised:
+    with pytest.raises(LostProcessError, match=r"reset by peer\. .*error") as raised:
         processes.recorded(raising(RuntimeError(RESET)))
     assert "typical" not in str(raised.value)
 

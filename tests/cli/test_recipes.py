@@ -76,7 +76,7 @@ def test_a_dry_run_says_everything_and_does_nothing(
     result = runner.invoke(app, asked)
     assert result.exit_code == 0, result.output
     assert recipe.command in result.output
-    assert f"search for {recipe.searched} epochs at a constant learning rate" in result.output
+    assert f"search for {recipe.searched} epochs" in result.output
     assert f"max_epoch: {recipe.retraining}" in result.output
     assert "missing" in result.output
     assert not (tmp_path / "out").exists()
@@ -125,7 +125,7 @@ def test_published_commands_have_a_dry_run_too(module: Any, monkeypatch: pytest.
     monkeypatch.setenv("DATASET", "datasets/vision")
     result = runner.invoke(module.app, ["--dry-run"])
     assert result.exit_code == 0, result.output
-    assert "Settings as resolved" in result.output and "at a constant learning rate, masking" in result.output
+    assert "Settings as resolved" in result.output and "masking" in result.output
 
 
 def test_rows_with_the_published_names_are_read(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_config_file_may_choose_the_method_of_a_published_run(tmp_path: Path) 
         assert (settings.method, settings.cost) == expected
     assert read_settings(kind, None, {}).method == "upop"
     file.write_text("correct: false")
-    with pytest.raises(SettingError, match=r"method: reference has no use for correct.* or take method: upop"):
+    with pytest.raises(SettingError, match=r"reference.*correct.* or take method: upop"):
         read_settings(kind, file, {}, published=True)
 
 

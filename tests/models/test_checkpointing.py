@@ -127,7 +127,7 @@ def test_other_architectures_of_timm_do_it_their_way() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(SettingError, match="Sequential does not support gradient checkpointing"):
+    with pytest.raises(SettingError, match=r"Sequential.*checkpointing"):
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 

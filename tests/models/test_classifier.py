@@ -84,7 +84,7 @@ def test_what_timm_cannot_build_is_refused(fields: dict[str, Any], said: str) ->
 
 
 def test_sizes_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"vision_width \(24\) is not a multiple of vision_heads \(5\)"):
+    with pytest.raises(ValueError, match=r"vision_width \(24\).*vision_heads \(5\)"):
         ClassifierConfig(**{**SIZES, "vision_heads": 5})
     with pytest.raises(ValueError, match=r"image_size \(7\) is below patch_size \(8\)"):
         ClassifierConfig(**{**SIZES, "image_size": 7})

@@ -227,7 +227,7 @@ def test_buffers_that_a_training_writes_to_again_are_no_loss(way: str) -> None:
 def test_a_loss_to_buffers_is_named() -> None:
     model, held = encoder(), [sentences(4, seed=seed) for seed in range(4)]
     pruner = upop.Pruner(model, 0.5, 8, 8)
-    with pytest.warns(UserWarning, match="changed nothing.* of the batches .* give each step tensors of its own"):
+    with pytest.warns(UserWarning, match="changed nothing.*batches.*tensors"):
         for step in range(8):
             model.zero_grad()
             loss = model(**held[step % 4]).last_hidden_state.square().mean()
@@ -266,5 +266,5 @@ def test_a_model_that_cannot_be_looked_at_in_evaluation_mode_says_what_to_do() -
 
     model = OnlyTrained().train()
     upop.Pruner(model, 0.5, 2, 2)
-    with pytest.raises(LayoutError, match=r"cannot be run with the example: KeyError: 'targets'"):
+    with pytest.raises(LayoutError, match=r"example: KeyError: 'targets'"):
         model(sentences(4, seed=0))  # its groups are read with it, in evaluation mode

@@ -157,7 +157,7 @@ def test_torchs_attention_without_channels_gives_weights_and_its_bias() -> None:
 def test_an_attention_that_cannot_run_empty_is_left_whole() -> None:
     model, tokens = Split(), torch.randn(2, 5, 16)
     (group,) = upop.find_groups(model, tokens)
-    with pytest.raises(VerificationError, match="runs with masks and not when it is cut"):
+    with pytest.raises(VerificationError, match=r"masks.*cut"):
         upop.shrink(model, {group.name: []})
     assert model(tokens).shape == tokens.shape
     assert (type(model), model.size, tuple(model.qkv.weight.shape)) == (Split, 16, (48, 16))

@@ -391,7 +391,7 @@ def test_a_teacher_that_is_the_model() -> None:
 
 @pytest.mark.parametrize("other", [NLVR.build, lambda: timm.create_model("vit_tiny_patch16_224", depth=2)])
 def test_a_teacher_of_another_architecture(other: Any) -> None:
-    with pytest.raises(LayoutError, match="of another architecture than the model, VisionTransformer"):
+    with pytest.raises(LayoutError, match=r"another architecture.*, VisionTransformer"):
         upop.distill(VIT.build(), other())
 
 
@@ -435,7 +435,7 @@ def test_fewer_norms_are_compared_where_that_is_asked_for() -> None:
     model.train()
     loss_of(model(**VIT.inputs()))
     assert some.loss() > 0
-    with pytest.raises(SettingError, match="layers must be a whole number of at least 1; found 0"):
+    with pytest.raises(SettingError, match=r"layers .*found 0"):
         upop.distill(model, teacher, layers=0)
 
 

@@ -374,7 +374,7 @@ def test_verifying_on_nothing_is_no_proof() -> None:
     plan = uneven_plan(upop.find_groups(model))
     with pytest.raises(VerificationError, match="nothing to compare"):
         upop.shrink(model, plan, verify=lambda whole: {"count": 3})
-    with pytest.raises(VerificationError, match="No output of the masked model is a finite number"):
+    with pytest.raises(VerificationError, match=r"No output.*finite"):
         upop.shrink(model, plan, verify=lambda whole: whole(VIT.inputs()["x"] * float("nan")))
 
 

@@ -134,7 +134,7 @@ def test_a_step_that_is_not_finite_adds_nothing(value: float) -> None:
     step(False)
     for name, importance in pruner.scores.items():
         torch.testing.assert_close(importance, 2 * before[name], rtol=1e-12, atol=0)
-    with pytest.warns(UserWarning, match="1 of 4 search steps had gradients that are not finite") as caught:
+    with pytest.warns(UserWarning, match="1 of 4 search steps.*finite") as caught:
         step(False)
     assert caught[0].filename == __file__  # it points at the training loop
     pruner.shrink(verify=inputs)

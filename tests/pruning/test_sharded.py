@@ -143,8 +143,8 @@ def test_what_needs_whole_weights_says_how_to_get_them(case: tuple[dict[str, Any
 def test_other_ways_of_spreading_weights_are_refused(results: Results) -> None:
     for found in results["refused"][1]:
         assert "flattens weights" in found["flattened"] and "fully_shard" in found["flattened"]
-        assert "1 groups have frozen weights beside trained ones" in found["frozen"]
-        assert "Do not combine it with tensor parallelism" in found["cut twice"]
+        assert "frozen weights beside trained" in found["frozen"]
+        assert "tensor parallelism" in found["cut twice"]
 
 
 def test_a_plain_model_is_gathered_as_it_is() -> None:
@@ -178,10 +178,10 @@ def test_a_search_moves_to_a_copy_and_on_from_there(progress: Any) -> None:
 
 def test_a_search_does_not_move_to_another_model() -> None:
     pruner = upop.Pruner(VIT.build(), 0.5, 4)
-    with pytest.raises(LayoutError, match="has other groups than the model that is searched"):
+    with pytest.raises(LayoutError, match="other groups"):
         pruner.move_to(NLVR.build())
 
 
 def test_gathering_into_another_model_is_refused() -> None:
-    with pytest.raises(LayoutError, match=r"34 parameters differ in name or shape \(bias, "):
+    with pytest.raises(LayoutError, match=r"34 parameters differ.*\(bias, "):
         upop.full_copy(torch.nn.Linear(2, 2), VIT.build())

@@ -82,7 +82,7 @@ def test_ratios_in_other_forms(ratio: Any, message: str) -> None:
     [(100.0, r"found 100\.0: write 100"), (2.5, r"found 2\.5\."), ("8", "found '8'"), (0, "found 0")],
 )
 def test_steps_that_are_no_number_of_steps(steps: Any, message: str) -> None:
-    with pytest.raises(SettingError, match=f"steps must be a whole number of at least 1; {message}"):
+    with pytest.raises(SettingError, match=f"steps.*number.* 1; {message}"):
         upop.Pruner(VIT.build(), 0.5, steps)
 
 
@@ -150,7 +150,7 @@ def test_losses_that_give_no_loss(loss: Any, message: str) -> None:
 
 
 def test_batches_that_the_model_does_not_take() -> None:
-    with pytest.raises(StepError, match=r"The model failed on a batch, a mapping of images.*TypeError"):
+    with pytest.raises(StepError, match=r"failed.*mapping.* images.*TypeError"):
         upop.calibrate(VIT.build(), [{"images": images()}], 0.5)
 
 
@@ -161,7 +161,7 @@ def test_without_gradients() -> None:
     with torch.inference_mode(), pytest.raises(StepError, match=r"torch.inference_mode is on"):
         upop.calibrate(model, labelled(), 0.3, loss=good)
     pruner = upop.Pruner(model, 0.3, 4)
-    with pytest.raises(StepError, match=r"no gradient on any masked weight. Call it after loss.backward\(\)"):
+    with pytest.raises(StepError, match=r"no gradient.*Call it after loss.backward\(\)"):
         pruner.step()
 
 
@@ -180,9 +180,7 @@ def test_a_teacher_that_explodes_is_said_to_be_degenerate(degenerate: float) -> 
         for parameter in teacher.norm.parameters():
             parameter.fill_(degenerate)
     distill = upop.distill(model, teacher)
-    with pytest.raises(
-        StepError, match=r"The first distance from the teacher, VisionTransformer, is .* at norm: .*trained weights"
-    ):
+    with pytest.raises(StepError, match=r"teacher, VisionTransformer.* at norm: .*trained"):
         model.train()(images())
     distill.remove()
     distill = upop.distill(model, VIT.build(seed=1))

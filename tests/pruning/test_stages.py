@@ -150,7 +150,7 @@ def test_a_stage_without_scores_goes_by_the_last_ones() -> None:
     for step in range(2):
         take(model, pruner, VIT.inputs(4, seed=step))
     scores = pruner.scores
-    with pytest.warns(UserWarning, match="2 of 4 search steps had gradients that are not finite"):
+    with pytest.warns(UserWarning, match="2 of 4 search steps.*finite"):
         for _ in range(2):
             pruner.skip()
     expected = marked(pruner, scores, 0.5)

@@ -230,9 +230,9 @@ def test_a_refusal_names_what_would_go_further() -> None:
     with pytest.raises(SettingError) as refused:
         upop.Pruner(llama(), steps=1, target="params=0.01")
     said = str(refused.value)
-    assert "depth=True (whole branches may go, down to params=0." in said
+    assert "depth=True" in said and "down to params=0." in said
     assert "upop.reduce_vocabulary (embeddings have 7% of the parameters)" in said
-    with pytest.raises(SettingError, match="Ask for less, or for depth=True"):
+    with pytest.raises(SettingError, match="depth=True"):
         upop.Pruner(llama(), 0.999, 1)
 
 

@@ -168,7 +168,7 @@ def test_what_a_forward_raises_after_a_cut_is_told_and_undone() -> None:
     model.__class__ = Insisting
     model.insists = True
     weights = dict(model.named_parameters())
-    with pytest.raises(VerificationError, match=r"runs with masks and not when it is cut \(RuntimeError") as described:
+    with pytest.raises(VerificationError, match=r"masks.*\(RuntimeError") as described:
         upop.shrink(model, plan, verify=batch())
     assert isinstance(described.value.__cause__, RuntimeError)
     assert all(parameter is weights[name] for name, parameter in model.named_parameters())
@@ -179,7 +179,7 @@ def test_what_a_forward_raises_after_a_cut_is_told_and_undone() -> None:
 def test_inputs_that_do_not_run_are_told_before_anything_is_cut() -> None:
     model = Net()
     upop.find_prunable(model, batch())
-    with pytest.raises(VerificationError, match="does not run on the inputs, before anything is cut"):
+    with pytest.raises(VerificationError, match="not run on the inputs"):
         upop.shrink(model, {"blocks.0": range(20)}, verify=torch.randn(2, 5, WIDTH + 1))
     assert model.blocks[0].up.out_features == HIDDEN
 

@@ -129,7 +129,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_file_and_nothing_beside_
         save_figure(kept_share_figure(shares(1)), tmp_path / "nowhere" / "figure.png")
     folder = tmp_path / "figure.png"
     folder.mkdir()
-    with pytest.raises(RunFolderError, match="should be a file, but there is a folder of that name"):
+    with pytest.raises(RunFolderError, match="a folder of that name"):
         save_figure(kept_share_figure(shares(1)), folder)
     assert list(tmp_path.iterdir()) == [folder]
 

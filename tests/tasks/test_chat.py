@@ -161,7 +161,7 @@ def test_scores_of_answers() -> None:
 
 
 def test_streaming_without_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="the number of rows to read"):
+    with pytest.raises(ValueError, match="number of rows"):
         ChatSettings(data="owner/set", streaming=True)
 
 

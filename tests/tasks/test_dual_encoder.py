@@ -85,7 +85,7 @@ def test_a_compressed_dual_encoder_embeds_the_same_once_it_is_loaded(kind: str, 
 @pytest.mark.slow
 def test_what_is_uniform_is_loaded_by_transformers_alone(siglip: Path, pairs: Path, tmp_path: Path) -> None:
     given = {"data": str(pairs), "epochs": 2, "pretrained": str(siglip), "output_dir": tmp_path}
-    with pytest.warns(UserWarning, match="has no number for their sizes"):  # SiglipConfig has none for heads
+    with pytest.warns(UserWarning, match="no number.*sizes"):  # SiglipConfig has none for heads
         compress(TASK, settings_of(**given, uniform="tower", target="params=0.8"))
     plain = transformers.SiglipModel.from_pretrained(tmp_path / "best")
     assert "quantization_config" not in json.loads((tmp_path / "best" / "config.json").read_text())

@@ -122,6 +122,6 @@ def test_cross_tokens_lead_a_merging(more: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["model.pth", "folder"])
 def test_forms_without_a_place_for_cross_tokens_are_refused(name: str, tmp_path: Path) -> None:
     form: Any = "official" if name.endswith(".pth") else "hugging-face"
-    with pytest.raises(CheckpointError, match=r"no place for the cross tokens of this BlipCaption"):
+    with pytest.raises(CheckpointError, match=r"cross tokens.*BlipCaption"):
         write_model(captioner().eval(), tmp_path / name, form)
     assert not (tmp_path / name).exists()

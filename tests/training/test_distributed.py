@@ -119,5 +119,5 @@ def test_every_task_counts_uneven_last_batches_once(tmp_path: Path, tasks: tuple
 
 def test_one_process_has_nobody_to_share_weights_with(tmp_path: Path) -> None:
     config = runs.make_task("nlvr", tmp_path)
-    with pytest.raises(DeviceError, match=r"--fsdp shards weights over several processes, and there is only one"):
+    with pytest.raises(DeviceError, match=r"--fsdp .*only one"):
         compress_task("nlvr", config, {"output_dir": tmp_path / "run", "sharding": "fsdp"})

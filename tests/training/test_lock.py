@@ -133,7 +133,7 @@ def test_file_systems_without_locks_go_by_the_process_and_when_it_began(
 @pytest.mark.parametrize("content", [b"my own notes", b'{"upop": 99}', b"[1]", b"\xff\xfe"])
 def test_a_file_of_that_name_that_is_no_lock_stays(tmp_path: Path, content: bytes) -> None:
     (tmp_path / lock.NAME).write_bytes(content)
-    with pytest.raises(RunFolderError, match="is not a lock of this version of upop"):
+    with pytest.raises(RunFolderError, match=r"lock.*version"):
         FolderLock(tmp_path, print)
     assert (tmp_path / lock.NAME).read_bytes() == content
 

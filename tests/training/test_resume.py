@@ -250,9 +250,7 @@ def test_a_damaged_checkpoint_is_passed_over(nlvr: tuple[Path, dict[str, Any]], 
     assert_same(outcome(tmp_path / "run"), expected)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.write_bytes(b"no checkpoint")
-    with pytest.raises(
-        CheckpointError, match=r"(?s)The run cannot be resumed, because none of its checkpoints.*Remove .*checkpoints"
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)resumed.*none of its checkpoints.*Remove .*checkpoints"):
         compress(*runs.nlvr(config, output_dir=tmp_path / "run", resume="auto"))
 
 
@@ -273,7 +271,7 @@ def test_rows_that_were_lost_are_told_and_done_without(
         metrics.unlink()
         (folder / "settings.yaml").unlink()
         (folder / "versions.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"rows of earlier steps are lost"):
+    with pytest.warns(UserWarning, match=r"earlier steps"):
         compress(*runs.nlvr(config, output_dir=folder, resume="must"))
     found = outcome(folder)
     assert_same({**found, "rows": []}, {**expected, "rows": []})
@@ -309,7 +307,7 @@ def test_a_compression_that_an_earlier_version_began_is_refused(
     content = found[1]
     content["notes"] |= {"plan": content.pop("compression")["plan"]}
     checkpoints.write(content["place"]["steps"], {**content, "pruner": None})
-    with pytest.raises(CheckpointError, match=r"started by an earlier version of upop.*another --output-dir"):
+    with pytest.raises(CheckpointError, match=r"earlier version.*another --output-dir"):
         compress(*runs.nlvr(config, output_dir=folder, resume="must"))
 
 

@@ -75,7 +75,7 @@ def test_with_a_worker_per_core_more_workers_are_not_what_helps() -> None:
     clock = Clock()
     watch = LoaderWatch(4, processes=4, cores=16, window=20, clock=clock)
     (line,) = work(watch, clock, [1.0] * 60, takes=1.0)
-    assert "num_workers is 4 per process, and this machine has 16 cores: use faster storage" in line
+    assert "num_workers is 4 per process" in line and "16 cores" in line and "faster storage" in line
     assert "raise" not in line
 
 
