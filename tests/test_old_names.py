@@ -15,9 +15,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import upop
+import upop.pruning
 from upop.cli.app import app
-from upop.errors import SettingError
+from upop.deprecated import MOVED
+from upop.errors import BadImageError, SettingError
 from upop.examples import Examples
+from upop.pruning.deprecated import NAMES
 from upop.runs.bad_images import BadImages
 from upop.settings import RunSettings, read_settings
 
@@ -40,13 +43,11 @@ def renamed(call: Callable[[], Any], new: str) -> Any:
 
 
 def test_public_names() -> None:
-    for old, new in (
-        ("Unit", "Group"),
-        ("UnitSpec", "GroupSpec"),
-        ("find_units", "find_groups"),
-        ("gather", "full_copy"),
-    ):
-        assert renamed(lambda old=old: getattr(upop, old), rf"upop\.{new}") is getattr(upop, new)
+    for old, new in NAMES.items():
+        for module in (upop, upop.pruning):
+            if hasattr(module, new):  # upop itself never had all of them
+                found = renamed(lambda module=module, old=old: getattr(module, old), rf"{module.__name__}\.{new}")
+                assert found is getattr(module, new)
     find = renamed(lambda: upop.survey, r"upop\.find_prunable")
     found = find(Mlp(), example=EXAMPLE)
     assert renamed(lambda: found.units, "groups") == found.groups
@@ -112,6 +113,19 @@ def test_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = importlib.import_module("upop.runs.folder")
     assert renamed(lambda: importlib.import_module("upop.training.folder"), r"upop\.runs\.folder") is folder
     assert folder.__spec__ is not None and folder.__spec__.name == "upop.runs.folder"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old", MOVED)
+def test_every_older_path_of_a_module(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    found = renamed(lambda: importlib.import_module(old), MOVED[old].replace(".", r"\."))
+    assert found is importlib.import_module(MOVED[old])
+
+
+def test_errors_of_images() -> None:
+    error = renamed(lambda: BadImageError("it is empty", record=3), "sample")
+    assert error.sample == renamed(lambda: error.record, "sample") == 3
 
 
 def test_settings_and_files() -> None:
