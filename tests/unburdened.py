@@ -6,12 +6,14 @@
 - Looking for compiled code among what was imported, where none is.
 - Reading a model that an earlier test has read: the groups of all kinds of models are kept, not of the last few, and
   for all processes of a test run.
+- Laying out the figures of runs and drawing them sharply; `tests/report` does so.
 - Timing a model thirty times over: what becomes of the time that a run measures is the same of one pass.
 """
 
 import gc
 import os
 import sys
+from typing import Any
 
 from shared_kinds import FOLDER, share
 from upop.pruning import compiled, known
@@ -23,6 +25,18 @@ if FOLDER in os.environ:
     share(os.environ[FOLDER])
 if "upop.report.latency" in sys.modules:
     sys.modules["upop.report.latency"].measure_latency.__kwdefaults__.update(repeats=1, warmup=1)
+if "upop.runs.run" in sys.modules:
+    figures = sys.modules["upop.report.figures"]
+
+    def save_roughly(figure: Any, *args: Any, **kwargs: Any) -> None:
+        figure.set_layout_engine("none")
+        sharp, figures.DPI = figures.DPI, 20
+        try:
+            figures.save_figure(figure, *args, **kwargs)
+        finally:
+            figures.DPI = sharp
+
+    sys.modules["upop.runs.run"].save_figure = save_roughly
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 gc.enable()  # it is off while everything is imported

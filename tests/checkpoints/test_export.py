@@ -96,7 +96,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], t
     ("name", "format"),
     mostly_slow(
         [*((name, "onnx") for name in MODELS), ("clip", "torch-export"), ("nlvr", "torch-export")],
-        *(("classification", "onnx"), ("clip", "torch-export")),
+        ("clip", "torch-export"),  # ONNX is quick in the caption that is written below
     ),
 )
 def test_graphs_compute_what_the_model_does(
@@ -257,7 +257,8 @@ def test_a_model_whose_code_counts_images_takes_as_many_as_its_example_has(forma
     assert graph["largest_difference"] <= 1e-4
 
 
-def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", mostly_slow(["onnx", "openvino"], "onnx"))
+def test_a_model_of_ones_own_runs_elsewhere_in_any_batch_and_in_whole_numbers(format: Any, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     openvino = pytest.importorskip("openvino", reason="the extra `export` is not installed")
     torch.manual_seed(0)
@@ -265,17 +266,16 @@ def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbe
     example = torch.randn(2, 5, 64)
     upop.shrink(model, {upop.find_groups(model, example=example)[0].name: range(128)})
     samples = [torch.randn(1, 4, 64) for _ in range(16)]
-    folders = {
-        "float": upop.export(model, tmp_path / "float", example=example),
-        "dynamic": upop.export(model, tmp_path / "dynamic", example=example, quantize="int8"),
-        "static": upop.export(model, tmp_path / "static", example=example, quantize="int8", samples=samples),
+    ways: dict[str, dict[str, Any]] = {
+        "float": {},
+        "dynamic": {"quantize": "int8"},
+        "static": {"quantize": "int8", "samples": samples},
     }
-    for kind, given in {"openvino-dynamic": None, "openvino-static": samples}.items():
-        folders[kind] = upop.export(model, tmp_path / kind, "openvino", example=example, quantize="int8", samples=given)
+    folders = {kind: upop.export(model, tmp_path / kind, format, example=example, **how) for kind, how in ways.items()}
     x = torch.randn(7, 3, 64)
     expected = model(x).detach()
     for kind, folder in folders.items():
-        if kind.startswith("openvino"):
+        if format == "openvino":
             found = torch.from_numpy(openvino.Core().compile_model(folder / "model.xml", "CPU")(x.numpy())[0].copy())
         else:
             session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -286,15 +286,18 @@ def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbe
         held = json.loads((folder / "export.json").read_text())["graphs"]["model"]
         if kind != "float":
             before, after = held["quantized"]["bytes"]
-            assert after < (before if "openvino" in kind else before / 2)  # its description is as long as these weights
+            assert after < (
+                before if format == "openvino" else before / 2
+            )  # its description is as long as these weights
             assert held["quantized"]["difference"] < 0.1
-        assert [path.name for path in folder.glob("*.onnx*")] == ([] if "openvino" in kind else ["model.onnx"])
+        assert [path.name for path in folder.glob("*.onnx*")] == ([] if format == "openvino" else ["model.onnx"])
     with pytest.raises(SettingError, match=r"A sample has 2 tensors; the graph takes input\."):
         upop.export(model, tmp_path / "out", example=example, quantize="int8", samples=[(x, x)])
     with pytest.raises(SettingError, match=r"samples calibrate quantize='int8', but there are none"):
         upop.export(model, tmp_path / "out", example=example, quantize="int8", samples=[])
 
 
+@pytest.mark.slow
 def test_ranges_of_graphs_that_follow_each_other_are_measured_on_what_the_first_gives(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     model = compressed("caption")
