@@ -30,7 +30,8 @@ FIELDS = {
     "llava": ("text_config.num_key_value_heads", "text_config.intermediate_size", "vision_config.intermediate_size"),
 }
 LOADS = """
-import json, sys
+import gc, json, sys
+gc.disable()  # imports are a fifth faster
 sys.modules["upop"] = None  # importing it fails
 import torch, transformers
 for folder in sys.argv[1:]:
