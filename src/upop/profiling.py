@@ -49,20 +49,20 @@ def profile_model(
 ) -> Profile:
     """Measure the latency of a model's layers, by kind and size.
 
-    The dense model and each cut one take turns, so that a drift of the machine hits both alike, and what a cut saves is
-    a share of what the dense one took in the same turns. What a device takes in steps shows as far as sizes are steps.
+    The dense model and each cut one are timed in turns, so that a drift of the machine affects both alike; a saving is
+    a share of the dense model's time in the same turns. Latency that grows in steps shows only at the measured sizes.
 
     Args:
         model: dense; left as it is.
         inputs: of one forward pass, on the model's device.
         runtime: "eager", "compile" for torch.compile, or "onnxruntime" and "openvino", on the CPU in float32.
-        points: sizes of each kind beside the whole one, down to one channel; and none, where the model runs without.
-        repeats: timed passes of each, of which the fastest counts: the one that other programs disturbed least.
+        points: sizes of each kind besides the dense one, down to one channel; 0 if the branch may be empty.
+        repeats: timed passes of each model; the fastest counts, which other programs disturbed least.
         clock: of `upop.report.latency.measure_latency`.
-        notify: is told how it goes.
+        notify: called with a line of progress per kind.
 
     Raises:
-        SettingError: the runtime is not known, or does not take the model.
+        SettingError: the runtime is unknown, or cannot run the model.
         MissingLibraryError: the runtime is not installed.
         LayoutError: the model has no groups.
     """
@@ -107,10 +107,10 @@ def profile_model(
 
 
 def in_runtime(inputs: Any, runtime: str, model: nn.Module) -> nn.Module:
-    """Return what calls a model in a runtime of `RUNTIMES`, with inputs like the given ones.
+    """Return a module that runs a model in a runtime of `RUNTIMES`, on inputs of the given shapes.
 
     Raises:
-        SettingError: the runtime does not take the model, or not where it is.
+        SettingError: the runtime cannot run the model, or not on its device.
         MissingLibraryError: the runtime is not installed.
     """
     if runtime == "eager":

@@ -25,19 +25,19 @@ from upop.pruning.verify import compare, outputs_of, rounding_of
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 HEAD = """# Architectures
 
-Every architecture of this table was built at a tiny size with random weights, biases and norms; then channels of all
-its groups were masked at random, its layers were cut to what was left, and the outputs of both models compared: in
-float64, with fused attention and step by step, and in float32 (in float32 alone where the library does not compute in
-float64). They may differ by rounding alone, which is measured with sums in another order. Most of those that write
-texts did so, with and without a cache (BLIP, Florence-2 and XGLM did not); the cut model was saved, loaded, and
-compared once more. `make test-all` does that for all of them, `make test` for some of each kind
-(`tests/pruning/test_coverage.py`), and `PYTHONPATH=tests python -m pruning.coverage` wrote this page.
+Every architecture of this table is built at a tiny size with random weights, biases and norms. Random channels of all
+its groups are masked, the layers are cut to what is left, and the outputs of both models are compared: in float64 with
+fused and with unfused attention, and in float32 (only in float32 if the library does not compute in float64). They may
+differ by rounding only, measured by repeating the sums in another order. Generative models are compared in generation
+too, with and without a cache (all but BLIP, Florence-2 and XGLM). The cut model is then saved, loaded and compared
+again. `make test-all` checks all architectures, `make test` some of each kind (`tests/pruning/test_coverage.py`);
+`PYTHONPATH=tests python -m pruning.coverage` writes this page.
 
-- *Dimensions* of all heads go where they can. Where rotary embeddings, norms or tables tie them together, whole *heads*
-  go, or *groups*: the heads that share keys and values. *Neurons* are those of MLPs.
-- What looks prunable and is left alone is listed with the reason by `upop.find_prunable(model)`, and here by its class.
-- An architecture that is not listed is read by the same rules: `upop.find_groups(model)` says what it found, and
-  `upop.shrink(model, plan, verify=inputs)` proves the cut on your inputs, as it does on others without them.
+- *Dimensions* are pruned in all heads alike. Where rotary embeddings, norms or tables tie dimensions together, whole
+  *heads* are pruned, or *groups*: the heads that share keys and values. *Neurons* are those of MLPs.
+- The table lists the classes of modules that look prunable but are skipped; `upop.find_prunable(model)` says why.
+- The same rules read architectures that are not listed: `upop.find_groups(model)` returns the groups, and
+  `upop.shrink(model, plan, verify=inputs)` verifies the cut on your inputs.
 
 """
 _DRAWS = 16
@@ -204,7 +204,7 @@ def page(rows: list[str]) -> str:
     """Return the whole page."""
     yes = sum(row.endswith("| yes |") for row in rows)
     table = [
-        "| library | architecture | groups: what goes of each (how many) | left alone | verified |",
+        "| library | architecture | groups: what is pruned (how many) | skipped | verified |",
         "| --- | --- | --- | --- | --- |",
     ]
     return f"{HEAD}{yes} architectures are verified.\n\n" + "\n".join([*table, *rows]) + "\n"

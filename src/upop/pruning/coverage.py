@@ -119,7 +119,7 @@ def coverage(
 
 
 _OF_HEADS = ("it leaves the model", "it is the residual stream")
-"""Reasons that say of a layer that it is none of a block."""
+"""Reasons that only layers outside of blocks have."""
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

@@ -69,12 +69,12 @@ def _macs(model: nn.Module, example: Any) -> Mapping[str, int] | None:
 
 
 _MOST = 3
-"""How many sizes of one model are remembered: it may be cut, and put back."""
+"""Sizes of one model that are cached: it may be cut, and restored."""
 _MOST_KINDS = 64
-"""How many kinds of models are remembered beside the models themselves: those that were last asked for."""
+"""Kinds of models that are cached besides the models themselves: the last ones used."""
 _of_kinds: OrderedDict[Hashable, tuple[Prunable, Any]] = OrderedDict()
 _known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Prunable, Any]]] = weakref.WeakKeyDictionary()
-"""Model -> surveys that do not hold it, and what a call of it is given."""
+"""Model -> results of `find_prunable`, without the model that they belong to, and their example inputs."""
 
 
 def remember(model: nn.Module, found: Prunable) -> None:

@@ -35,9 +35,9 @@ _PLACE = r"(\.\d{1,3}){2}\.\d{1,12}"
 _WIDTH = re.compile(
     rf"cut_widths\[((part|(view|expand){_PLACE}){_PLACE}|piece{_PLACE}(\.\d{{1,3}}){{2}})(#\d{{1,4}})?\]"
 )
-"""A width that a narrow module is told (`axes.narrow`)."""
+"""A stored width of a narrow module (`axes.narrow`)."""
 _OF_MODULES = frozenset(dir(nn.Module()))
-"""What every module has is none of its numbers."""
+"""Attributes that every module has, which are never sizes."""
 
 
 def as_json(group: Group) -> dict[str, Any] | None:
