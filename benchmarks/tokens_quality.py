@@ -43,7 +43,7 @@ from upop.files import write_json
 from upop.machine import machine
 from upop.models.blip_cross import add_cross_tokens
 from upop.models.crossget import CrossGetClip
-from upop.pruning.plan import plan_of
+from upop.pruning.carried import plan_of
 from upop.tokens.budget import Goal, best_of, find_shares, goal_of, merge_share
 from upop.tokens.encoders import removed_tokens
 

@@ -55,9 +55,10 @@ def ahead(groups: Sequence[dict[str, Any]], task: str, factor: float) -> dict[st
     if not both or not single:
         return None
     best, other = (max(each, key=lambda group: group["mean"]) for each in (both, single))
-    spread = max(best["std"] or 0.0, other["std"] or 0.0)
     lead = round(best["mean"] - other["mean"], 2)
-    return {"both": best["arm"], "single": other["arm"], "lead": lead, "spread": spread, "ahead": lead > spread}
+    spread = None if best["std"] is None or other["std"] is None else max(best["std"], other["std"])
+    known = None if spread is None else lead > spread  # a single seed says nothing of it
+    return {"both": best["arm"], "single": other["arm"], "lead": lead, "spread": spread, "ahead": known}
 
 
 def at_speed(groups: Sequence[dict[str, Any]], task: str, factor: float, batch: str) -> dict[str, float]:
