@@ -6,6 +6,7 @@
 - Looking for compiled code among what was imported, where none is.
 - Reading a model that an earlier test has read: the groups of all kinds of models are kept, not of the last few, and
   for all processes of a test run.
+- Asking the driver for GPUs at every operation on fake tensors, where there are none: the import of Lightning makes that slow.
 - Laying out the figures of runs and drawing them sharply; `tests/report` does so.
 - Timing a model thirty times over: what becomes of the time that a run measures is the same of one pass.
 """
@@ -15,12 +16,16 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from shared_kinds import FOLDER, share
 from upop.pruning import compiled, known
 
 os.fsync = lambda fd: None
 known._MOST_KINDS = 4096
 compiled.referring_to = gc.get_referrers  # which passes over what is frozen below
+if not torch.cuda.device_count():
+    torch.cuda._cached_device_count = 0
 if FOLDER in os.environ:
     share(os.environ[FOLDER])
 if "upop.report.latency" in sys.modules:
