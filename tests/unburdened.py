@@ -6,7 +6,8 @@
 - Looking for compiled code among what was imported, where none is.
 - Reading a model that an earlier test has read: the groups of all kinds of models are kept, not of the last few, and
   for all processes of a test run.
-- Asking the driver for GPUs at every operation on fake tensors, where there are none: the import of Lightning makes that slow.
+- Asking the driver for GPUs, where there are none, at every operation on fake tensors: once Lightning is imported,
+  this is slow.
 - Laying out the figures of runs and drawing them sharply; `tests/report` does so.
 - Timing a model thirty times over: what becomes of the time that a run measures is the same of one pass.
 """
