@@ -63,8 +63,6 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     base = name.removesuffix("_").removesuffix("_like") if name.endswith("_") else name
     inputs = tensors_in((args, kwargs))
     outputs = tensors_in(result)
-    if not outputs:
-        return
     if not inputs:
         return
     if base == "copy" and len(inputs) > 1 and not any(axes_in(trace.label(inputs[0]).dims)):

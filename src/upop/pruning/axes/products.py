@@ -12,7 +12,6 @@ from torch import Tensor
 from upop.pruning.axes.axis import Dim, axes_in, cut_out, fix, length, regroup, tie
 from upop.pruning.axes.label import Label
 from upop.pruning.axes.mode import tensors_in
-from upop.pruning.axes.moving import elementwise
 from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, unknown
 from upop.pruning.axes.trace import Trace
 
@@ -33,8 +32,6 @@ def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
     rank = len(label.dims)
     place = 2 if name in ("linalg_vector_norm", "norm") else 1
     given = args[place] if len(args) > place else kwargs.get("dim")
-    if name in ("max", "min") and isinstance(given, Tensor):
-        return elementwise(trace, args, kwargs, result, name)
     places = {each % rank for each in ([given] if isinstance(given, int) else given or range(rank))} if rank else set()
     for each in places:
         if name not in _SUMS:
@@ -49,7 +46,6 @@ def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
         trace.set(
             output, replace(label, dims=list(dims), linear=name == "sum" and label.linear, parameter=own, attends=())
         )
-    return None
 
 
 @rule(
@@ -83,7 +79,7 @@ def _along(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
 def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     added, (left, right) = (args[0], args[1:3]) if name in ("addmm", "baddbmm", "addmv") else (None, args[:2])
     if name == "linear":
-        added, right = (args[2] if len(args) > 2 else kwargs.get("bias")), right
+        added = args[2] if len(args) > 2 else kwargs.get("bias")
     a, b = trace.label(left), trace.label(right)
     if name in ("bmm", "baddbmm") or (a.parameter and b.parameter and (a.latent or b.latent)):
         a, b = _activation(a), _activation(b)
