@@ -215,7 +215,7 @@ WAYS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(way=WAYS)
 def test_whatever_way_an_attention_is_written(way: dict[str, Any]) -> None:
     check_ways(way)
@@ -318,7 +318,7 @@ MLP_WAYS = st.fixed_dictionaries(
 PLAIN = {"activation": "gelu", "gate": "none", "deep": "no", "norm": "none", "scan": False, "whole": True}
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(way=MLP_WAYS)
 def test_whatever_way_an_mlp_is_written(way: dict[str, Any]) -> None:
     check_mlp(way)
