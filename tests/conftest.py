@@ -53,11 +53,12 @@ def root_script(ended: Callable[..., tuple[int, str]]) -> Callable[..., tuple[in
 # Files of long tests, which begin first, so that none is still running when all the others are done.
 _LONGEST = (
     *("checkpoints/test_export.py", "training/test_runs.py", "parity/test_recorded.py", "pruning/test_training.py"),
+    *("training/test_resume.py", "training/test_distributed.py"),
     *("checkpoints/test_transformers.py", "checkpoints/test_strict.py", "tasks/test_classification.py"),
     *("tasks/test_retrieval.py", "malformed/test_checkpoints.py", "pruning/test_families.py"),
     *("checkpoints/test_older.py", "models/test_retrieval.py", "tasks/test_inputs.py", "pruning/test_axes.py"),
-    *("cli/test_convert_inspect.py", "tasks/test_chat.py", "training/test_resume.py", "training/test_sharding.py"),
-    *("training/test_distributed.py", "training/test_limits.py", "pruning/test_coverage.py", "pruning/test_width.py"),
+    *("cli/test_convert_inspect.py", "tasks/test_chat.py", "training/test_sharding.py"),
+    *("training/test_limits.py", "pruning/test_coverage.py", "pruning/test_width.py"),
     *("pruning/test_stages.py", "pruning/test_costs.py", "pruning/test_budget.py", "tasks/test_vqa.py"),
     *("checkpoints/test_plain.py", "tasks/test_segmentation.py", "fuzz/test_fuzz.py", "checkpoints/test_official.py"),
     *("checkpoints/test_open_clip.py", "pruning/test_sharded.py", "tasks/test_all_tasks.py", "test_installed.py"),
