@@ -354,9 +354,9 @@ def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 HARM: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
     (
-        lambda record: record.update(format=2, upop_version="9.0"),
+        lambda record: record.update(format=3, upop_version="9.0"),
         CheckpointError,
-        r"format 2, written by upop 9\.0.*Update",
+        r"format 3, written by upop 9\.0.*Update",
     ),
     (lambda record: record.update(kept=[1]), CheckpointError, r"found \[1\]"),
     (

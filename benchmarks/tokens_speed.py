@@ -3,7 +3,7 @@
 Both take turns in one process; processor time of one thread is counted, which other programs disturb little. Weights
 are random, which changes no time.
 
-    python benchmarks/tokens.py --removed 48 --batches 1 16
+    python benchmarks/tokens_speed.py --removed 48 --batches 1 16
 """
 
 from __future__ import annotations
