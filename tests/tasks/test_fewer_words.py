@@ -72,7 +72,8 @@ def test_a_blip_loses_words_and_keeps_to_the_target_of_the_whole(
     assert (kept.pretrained, kept.vocabulary) == (settings.pretrained, settings.vocabulary)  # the run, as it was asked
 
 
-def test_a_clip_loses_words(tmp_path: Path) -> None:
+def test_a_clip_loses_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     model, pairs = tiny_dual.save_dual("clip", tmp_path / "clip"), tiny_dual.write_pairs(tmp_path / "pairs")
     (tmp_path / "ids.json").write_text("[5, 6, 7]")
     given: dict[str, Any] = {"pretrained": str(model), "data": str(pairs), "vocabulary": tmp_path / "ids.json"}
@@ -81,6 +82,8 @@ def test_a_clip_loses_words(tmp_path: Path) -> None:
         target=f"params={SHARE}", output_dir=tmp_path / "out", **{**given, **quick}
     )
     found = run("dual-encoder", settings)
+    (said,) = [line for line in caplog.messages if line.startswith("vocabulary: ")]
+    assert "training samples" in said and "ids.json" in said  # their words are not among the three
     check(found, count_parameters(upop.load(model)))
     read = transformers.AutoProcessor.from_pretrained(tmp_path / "out" / "best")
     before = transformers.AutoProcessor.from_pretrained(model)
@@ -131,6 +134,15 @@ def test_a_target_counts_words_that_went_in_python() -> None:
     pruner.remove()
     with pytest.raises(SettingError, match=rf"{whole - gone:,} of {whole:,} parameters"):  # it went with the words
         upop.Pruner(model, steps=1, target={"params": 0.99})
+
+
+@pytest.mark.parametrize("content", ["", " \n\n", "[]"])
+def test_a_file_without_words_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "texts.txt").write_text(content)
+    small = transformers.BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.BertModel(small)
+    with pytest.raises(SettingError, match=r"texts\.txt is empty"):
+        upop.reduce_vocabulary(model, tmp_path / "texts.txt")
 
 
 @pytest.mark.slow

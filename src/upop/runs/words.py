@@ -24,6 +24,11 @@ from upop.settings import RunSettings
 FOLDER = "vocabulary"
 """The subfolder of a run with the model that it starts from."""
 
+_LOOKED_AT = 64
+"""About as many training samples are searched for removed words."""
+_NAMED = 5
+"""As many removed words are named."""
+
 S = TypeVar("S", bound=RunSettings)
 
 
@@ -78,12 +83,20 @@ def without_words(task: Task[Any], settings: RunSettings, folder: Path) -> Fewer
     if held is None:
         raise SettingError(f"vocabulary={settings.vocabulary} was given, and {task.name} has no words. Leave it out.")
     processor = copy.deepcopy(getattr(held, "library", held))
-    data = task.dataset(settings, "train")
-    first = task.collate(settings)([data[0]])
-    used = [ids for name, ids in first.items() if name.endswith("input_ids") and isinstance(ids, Tensor)]
+    data: Any = task.dataset(settings, "train")
+    collate = task.collate(settings)
+
+    def used(number: int) -> set[int]:
+        batch = collate([data[number]])
+        ids = [each for name, each in batch.items() if name.endswith("input_ids") and isinstance(each, Tensor)]
+        return {token for each in ids for token in each.unique().tolist()}
+
     before = count_parameters(model)
     tokenizer = getattr(processor, "tokenizer", processor)
-    smaller, found = with_fewer_words(model, [*texts, *(int(each) for ids in used for each in ids.unique())], tokenizer)
+    held_tokenizer = copy.deepcopy(tokenizer)
+    smaller, found = with_fewer_words(model, [*texts, *sorted(used(0))], tokenizer)
+    looked_at = range(0, len(data), max(1, len(data) // _LOOKED_AT))
+    missing = [used(number) - set(found.kept) for number in looked_at]
     if processor is tokenizer:
         processor = found.tokenizer
     else:
@@ -92,11 +105,14 @@ def without_words(task: Task[Any], settings: RunSettings, folder: Path) -> Fewer
         set_preparation(smaller, sample(task, settings))
     save(smaller, folder, tokenizer=processor)
     after = count_parameters(smaller)
-    return FewerWords(
-        str(folder),
-        before - after,
-        f"vocabulary: {len(found.kept):,} of {found.size:,} words stay, {after:,} of {before:,} parameters",
-    )
+    note = f"vocabulary: {len(found.kept):,} of {found.size:,} words stay, {after:,} of {before:,} parameters"
+    if any(missing):
+        words = held_tokenizer.convert_ids_to_tokens(sorted(set().union(*missing))[:_NAMED])
+        note += (
+            f"; {sum(map(bool, missing))} of {len(missing)} training samples that were looked at have words that are "
+            f"removed ({', '.join(words)}): add their texts to {settings.vocabulary}"
+        )
+    return FewerWords(str(folder), before - after, note)
 
 
 def parameters_before(model: nn.Module) -> int:

@@ -160,7 +160,7 @@ def read_vocabulary(vocabulary: Any) -> list[str | int]:
         vocabulary: as for `reduce_vocabulary`.
 
     Raises:
-        SettingError: the file cannot be read, or there is something else among them.
+        SettingError: the file cannot be read, holds nothing, or there is something else among them.
     """
     if isinstance(vocabulary, str | Path):
         try:
@@ -173,6 +173,8 @@ def read_vocabulary(vocabulary: Any) -> list[str | int]:
                 lines = parse_json(content)
             except ValueError as error:
                 raise SettingError(f"{vocabulary} begins like a JSON list, but is none: {error}.") from error
+        if all(isinstance(line, str) and not line.strip() for line in lines):
+            raise SettingError(f"The vocabulary {vocabulary} is empty. Write texts of the task into it, one per line.")
         vocabulary = lines
     values = list(vocabulary)
     if not all(isinstance(each, str | int) and not isinstance(each, bool) for each in values):
