@@ -113,3 +113,16 @@ def test_compiled_models_are_saved_as_what_they_wrap(tmp_path: Path) -> None:
     model = compressed("vit_tiny_patch16_224", **TINY)
     folder = upop.save(torch.compile(model, backend="eager"), tmp_path / "out")
     assert upop.load(folder).state_dict().keys() == model.state_dict().keys()
+
+
+def test_heads_that_every_block_lost_come_back(tmp_path: Path) -> None:
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 4, "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    upop.shrink(model, {f"blocks.{block}.attn": [0, 3 - block] for block in range(2)})
+    folder, images = upop.save(model, tmp_path / "small"), torch.randn(1, 3, 16, 16)
+    path = folder / "upop.json"
+    arguments = json.loads(path.read_text())["timm"]["arguments"]
+    assert arguments["num_heads"] == 4
+    for written in (4, 2):  # 2 are left; upop wrote so before
+        _edited(folder, arguments={**arguments, "num_heads": written})
+        assert torch.equal(upop.load(folder)(images), model(images))

@@ -474,3 +474,19 @@ def test_models_inside_other_modules_are_marked(tmp_path: Path) -> None:
     assert recorded(tower.config) == {"vit.layers.1.mlp": (7, 40)}
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path)
     assert bit_equal(again, tower, {"pixel_values": images()})
+
+
+def test_what_from_pretrained_loads_is_saved_as_cut(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    model: Any = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=12)).eval()
+    attention, words = "encoder.layer.1.attention.self", torch.arange(5)[None]
+    for step, left in enumerate((4, 2)):  # [4, 16] of two heads could be four heads, or two of two dimensions
+        upop.shrink(model, {attention: range(left)})
+        model.save_pretrained(tmp_path / f"library {step}")
+        model = transformers.BertModel.from_pretrained(tmp_path / f"library {step}")
+        folder = upop.save(model, tmp_path / f"ours {step}")
+        for again in (upop.load(folder), transformers.BertModel.from_pretrained(folder)):
+            assert torch.equal(again(words).last_hidden_state, model(words).last_hidden_state)
+        layout = json.loads((folder / "upop.json").read_text())["layout"][attention]
+        assert (layout["heads"], layout["channels"], layout["of"]) == (2, left, 8)

@@ -224,7 +224,7 @@ def _dense(description: Description, folder: Path) -> nn.Module:
         if description.timm is not None:
             from upop.checkpoints.libraries import timm_models
 
-            return timm_models.build(description.timm, source)
+            return timm_models.build(description.timm, source, description.groups)
         if description.open_clip is not None:
             from upop.checkpoints.libraries import open_clip_models
 

@@ -77,6 +77,11 @@ def named(model: nn.Module, plan: Plan | None) -> tuple[str, dict[str, Any]] | N
         mine, usual = (_read(read, each) for each in (model, reference))
         if mine != usual:
             arguments[argument] = mine
+    heads = _dense_heads(None if plan is None else plan.slices)
+    if heads is not None and heads != _read(_ARGUMENTS["num_heads"], reference):
+        arguments["num_heads"] = heads
+    elif heads is not None:
+        arguments.pop("num_heads", None)
     if "mlp_ratio" in arguments:
         # The hidden size of a compressed model is not the dense one; any that is large enough will do.
         hidden = max(_hidden_sizes(model, plan), default=0)
@@ -154,8 +159,13 @@ class _Described(Read):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-def build(description: Mapping[str, Any], source: str) -> nn.Module:
+def build(description: Mapping[str, Any], source: str, groups: Any = None) -> nn.Module:
     """Return the dense model of a description by `describe`, with initial weights.
+
+    Args:
+        description: of the model.
+        source: of the description, for messages.
+        groups: group -> its JSON form in the dense model, if known. Older descriptions have the heads that were left.
 
     Raises:
         CheckpointError: the installed timm has no such model, or rejects its arguments.
@@ -170,6 +180,8 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
             "not set. Was it written by a later upop? Update upop."
         )
     arguments = checked_arguments(described.arguments, source, "timm.arguments")
+    heads = _dense_heads(groups)
+    arguments |= {} if heads is None or "num_heads" not in arguments else {"num_heads": heads}
     try:
         with sealed():
             model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
@@ -228,6 +240,17 @@ def _build(name: str, arguments: Mapping[str, Any]) -> Any:
         return meta_model(lambda: timm.create_model(name, pretrained=False, **arguments))
     except Exception:  # each model checks its arguments in its own way
         return None
+
+
+def _dense_heads(groups: Any) -> int | None:
+    """Return the heads of a dense model by its groups in JSON form; None where they do not say it."""
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        try:
+            [factor] = [each.get("factor", 1) for each in group["attributes"] if each["name"] == "num_heads"]
+            return int(factor * group["size"])
+        except (AttributeError, KeyError, TypeError, ValueError):  # no heads, or damaged, which is said later
+            continue
+    return None
 
 
 def _hidden_sizes(model: Any, plan: Plan | None) -> list[int]:

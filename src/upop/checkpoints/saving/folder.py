@@ -91,9 +91,11 @@ def save(
     _refuse_meta(model)
     _warn_masked(model, groups)
     _warn_merging(model)
-    dense = _dense_sizes(model, groups, given)
     in_transformers = is_pretrained(model) and _is_its_own(model)
     plain = in_transformers and _mark(model) and plan is not None
+    # A model that transformers loaded has no plan: its record alone says what was cut before.
+    record = {name: content for name, (content, _) in _recorded(model).items()} if in_transformers else {}
+    dense = _dense_sizes(model, groups, given) | {name: int(each["size"]) for name, each in record.items()}
     built = _dense_form(model if kind is None and not in_transformers else None, plan)
     in_timm = None if plan is None or built["timm"] is None else plain_timm(model, built["timm"])
     description = {
@@ -105,7 +107,7 @@ def save(
         **built,
         "plain": plain or in_timm is not None,
         "layout": {group.name: _group(group, dense.get(group.name)) for group in groups},
-        "groups": _written(model, groups, {} if plain else dense, None if plain else given),
+        "groups": _written(model, groups, {} if plain else dense, None if plain else given) | record,
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "tokens": removed_tokens(model),
@@ -144,6 +146,15 @@ def _mark(model: nn.Module) -> bool:
 
     quantizer.mark(model)
     return not quantizer.recorded(getattr(model, "config", None))
+
+
+def _recorded(model: nn.Module) -> Mapping[str, tuple[Any, int]]:
+    """Return group -> (its JSON form in the dense model, kept channels), as a transformers configuration records it."""
+    if not is_pretrained(model):
+        return {}
+    from upop.checkpoints.saving import quantizer
+
+    return quantizer.recorded_groups(model.config)
 
 
 def _dense_form(model: nn.Module | None, plan: Plan | None) -> dict[str, Any]:
@@ -188,16 +199,17 @@ def _refuse_meta(model: nn.Module) -> None:
 
 
 def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
-    """Return the groups of a model, including those of its plan, since copies are not traced."""
+    """Return the groups of a model, with those of its plan or record, since copies are not traced."""
     try:
         found = find_prunable(model)
     except LayoutError:  # it cannot be traced, and is saved all the same
         found = Prunable((), ())
-    kept = {} if plan is None else plan.kept
-    planned = {} if plan is None else {name: _planned(model, plan.slices, name) for name in plan.slices}
-    true = {name: each for name, each in planned.items() if each is not None and each.size == len(kept.get(name, ()))}
+    known = dict(_recorded(model))
+    known |= {} if plan is None else {name: (each, len(plan.kept.get(name, ()))) for name, each in plan.slices.items()}
+    planned = {name: (_planned(model, name, content), size) for name, (content, size) in known.items()}
+    true = {name: each for name, (each, size) in planned.items() if each is not None and each.size == size}
     planned_axes = {axis for each in true.values() for axis in _axes(each)}
-    # After a cut to few heads or dimensions, only the plan says which of the two a channel is.
+    # After a cut to few heads or dimensions, only the plan or the record says which of the two a channel is.
     groups = tuple(
         true[group.name] if group.name in true and _kind(true[group.name]) != _kind(group) else group
         for group in found.groups
@@ -261,11 +273,11 @@ def _is_its_own(model: PreTrainedModel) -> bool:
     return why is None
 
 
-def _dense_sizes(model: nn.Module, groups: Sequence[Group], plan: Plan | None) -> Mapping[str, int]:
+def _dense_sizes(model: nn.Module, groups: Sequence[Group], plan: Plan | None) -> dict[str, int]:
     """Return group -> dense size, where known."""
     kind = kind_of(model)
     if kind is None:
-        return plan.sizes if plan is not None else {}
+        return dict(plan.sizes) if plan is not None else {}
     build, _ = MODELS[kind]
     return sizes_before(groups, meta_model(lambda: build(model.config)))
 
@@ -282,7 +294,7 @@ def _written(model: nn.Module, groups: Sequence[Group], dense: Mapping[str, int]
     """
     known = {} if plan is None else dict(plan.slices)
     if plan is not None and len(plan_for(plan, groups)) < len(plan):
-        fitting = {group.name for group in groups if _planned(model, known, group.name) is not None}
+        fitting = {group.name for group in groups if _planned(model, group.name, known.get(group.name)) is not None}
         known = {name: content for name, content in known.items() if name in fitting}
         groups = [group for group in groups if group.name in fitting]
     for group in groups:
@@ -292,10 +304,10 @@ def _written(model: nn.Module, groups: Sequence[Group], dense: Mapping[str, int]
     return {group.name: known[group.name] for group in groups if known.get(group.name) is not None}
 
 
-def _planned(model: nn.Module, described: Mapping[str, Any], name: str) -> Group | None:
+def _planned(model: nn.Module, name: str, content: Any) -> Group | None:
     """Return a group of a plan at its present size in a model; None if it does not fit."""
     try:
-        found = groups_of(model, {name: described[name]}) if name in described else None
+        found = None if content is None else groups_of(model, {name: content})
     except ValueError:
         return None
     return None if found is None else sized(model, found[name])

@@ -205,6 +205,17 @@ def recorded(config: Any) -> Sizes:
     return UpopConfig(**_as_dict(record)).kept
 
 
+def recorded_groups(config: Any) -> dict[str, tuple[Any, int]]:
+    """Return group -> (its JSON form in the dense model, kept channels), as a transformers configuration records it.
+
+    Raises:
+        CheckpointError: the record is damaged, or a later upop wrote it.
+    """
+    kept = recorded(config)
+    groups = UpopConfig(**_as_dict(config.quantization_config)).groups if kept else {}
+    return {name: (groups[name], size) for name, (size, _) in kept.items() if name in groups}
+
+
 def misfit(model: PreTrainedModel) -> str | None:
     """Return why transformers could not load a model, dense or compressed, again; None if it can.
 
