@@ -5,10 +5,12 @@ models.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import timm
 import torch
@@ -431,6 +433,31 @@ def test_survey_changes_nothing() -> None:
     assert [dict(vars(module)) for module in model.modules()] == kept
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+class Drawn(nn.Module):
+    """Draws from Python's and NumPy's generators; its constrained layer changes a buffer when its weight is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.beside = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = 1 + random.random() + float(numpy.random.rand())
+        result: Tensor = x + moved * self.down(self.up(x).relu()) + self.beside(x)
+        return result
+
+
+def test_other_generators_and_computed_weights_stay_as_they_are() -> None:
+    model = Drawn().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    python, drawn = random.getstate(), numpy.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    found = upop.find_prunable(model, torch.randn(2, 5, 8))
+    assert [group.name for group in found.groups] == ["up"] and found.coverage.of_blocks < 1
+    assert random.getstate() == python
+    assert (numpy.random.get_state()[1] == drawn).all()  # type: ignore[index, union-attr]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_models_that_differ_in_their_weights_alone_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

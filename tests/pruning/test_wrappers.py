@@ -74,6 +74,16 @@ def test_lazy_layers_are_to_be_called_first() -> None:
         upop.find_prunable(with_mlp(Lazy()), given())
 
 
+def test_a_part_in_torchscript_stays_whole_in_a_search() -> None:
+    model = BARRED["TorchScript"][0]()
+    pruner = upop.Pruner(model, 0.4, 2, 1, example=given())
+    for _ in range(2):
+        model(given()).square().mean().backward()
+        pruner.step()
+    pruner.shrink(verify=given())
+    assert model.blocks[0].mlp.fc1.weight.shape == (48, 24)
+
+
 def test_torchscript_as_a_whole_is_refused() -> None:
     with pytest.raises(LayoutError, match="TorchScript"):
         upop.find_prunable(torch.jit.trace(net().eval(), given()), given())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import random
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,25 +17,32 @@ from torch import nn
 
 from upop.pruning.traits import replay_arguments
 
+_CPU = torch.device("cpu")
+
 
 @contextmanager
-def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Restore the random generators of the CPU and of `device` after the block."""
-    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
-        yield
+def random_numbers_kept(device: torch.device = _CPU) -> Iterator[None]:
+    """Restore the random generators of Python, NumPy, the CPU and `device` after the block."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")  # what is not imported draws nothing
+    drawn = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
 
 
 @contextmanager
 def drawing_the_same(device: torch.device) -> Iterator[None]:
-    """Seed torch and Python within the block, and restore their generators afterwards."""
-    state = random.getstate()
-    try:
-        with random_numbers_kept(device):
-            random.seed(0)
-            torch.manual_seed(0)
-            yield
-    finally:
-        random.setstate(state)
+    """Seed torch, Python and NumPy within the block, and restore their generators afterwards."""
+    with random_numbers_kept(device):
+        random.seed(0)
+        torch.manual_seed(0)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(0)
+        yield
 
 
 @contextmanager
@@ -170,10 +178,9 @@ class AsWritten:
         changed: list[tuple[weakref.ref[nn.Module], str, Any]] = []
         parts = set(model.modules())
         for module in {*parts, *(each for each in wrappers if not parts.isdisjoint(each.modules()))}:
-            inner = module._modules.get("_orig_mod")
-            if inner is not None and "forward" in vars(module):  # a wrapper of torch.compile
+            if "_orig_mod" in module._modules and "forward" in vars(module):  # a wrapper of torch.compile
                 changed.append((weakref.ref(module), "forward", vars(module)["forward"]))
-                vars(module)["forward"] = inner.__call__
+                vars(module)["forward"] = module._modules["_orig_mod"].__call__
             if getattr(module, "_compiled_call_impl", None) is not None:  # of module.compile()
                 changed.append((weakref.ref(module), "_compiled_call_impl", vars(module)["_compiled_call_impl"]))
                 vars(module)["_compiled_call_impl"] = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from upop.pruning.again import random_numbers_kept
 from upop.pruning.costs import Arguments, call, evaluating, flop_counter, flop_formulas
 from upop.pruning.errors import LayoutError, SettingError
 from upop.pruning.groups import Group, tensor_of
@@ -238,7 +239,7 @@ def _learnt(
 ) -> Quantity:
     from upop.pruning.axes.copies import Shapes
 
-    with torch.random.fork_rng(devices=[]):
+    with random_numbers_kept():
         shapes = Shapes(model, example)
         copied = shapes.copy()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upop.pruning.again import random_numbers_kept
 from upop.pruning.alike import likeness
 from upop.pruning.costs import macs_by_module
 from upop.pruning.coverage import Coverage, coverage
@@ -61,9 +62,10 @@ def _macs(model: nn.Module, example: Any) -> Mapping[str, int] | None:
     from upop.pruning.axes.copies import Shapes
 
     try:
-        shapes = Shapes(model, example, numbers=False)
-        with shapes.running():
-            return macs_by_module(shapes.copy(), shapes.example)
+        with random_numbers_kept():
+            shapes = Shapes(model, example, numbers=False)
+            with shapes.running():
+                return macs_by_module(shapes.copy(), shapes.example)
     except Exception:  # the model's own: it is counted where it can be
         return None
 

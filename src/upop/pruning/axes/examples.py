@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import register_pytree_node
 
+from upop.pruning.again import random_numbers_kept
 from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.inputs import BATCH, channels_of, described, image_sizes, placed, words
 from upop.pruning.costs import call
@@ -59,7 +60,7 @@ def example_for(model: nn.Module) -> Any:
     Raises:
         LayoutError: no attempt ran; the message says what to pass.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with random_numbers_kept(), torch.device("cpu"):
         torch.manual_seed(0)
         try:
             return _found(model)

@@ -37,7 +37,8 @@ def obstacles(model: nn.Module, cut: set[str]) -> dict[str, str]:
 
 
 def _is_special(module: nn.Module) -> bool:
-    return inspect.ismethod(getattr(module, "weight", None))  # packed, by torch.ao
+    # Packed, by torch.ao. The class is asked: to read a parametrized weight computes it, and may change buffers.
+    return inspect.isfunction(getattr(type(module), "weight", None))
 
 
 def _obstacle(module: nn.Module) -> str | None:

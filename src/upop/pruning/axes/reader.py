@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from upop.pruning.again import random_numbers_kept
 from upop.pruning.axes.candidates import HEADS, Candidate, NotCuttableError, candidate, named_apart, shared_tensors
 from upop.pruning.axes.components import components
 from upop.pruning.axes.copies import Shapes, message_of
@@ -40,7 +41,7 @@ def read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
     home = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     # A model may be read while another one is built on the meta device; a default device makes every call slower.
     at_home = nullcontext() if home == torch.empty(0).device else home  # before 2.7 torch tells no `with` of a device
-    with torch.random.fork_rng(devices=[]), at_home, all_tokens(model):
+    with random_numbers_kept(), at_home, all_tokens(model):
         return _read(model, example)
 
 

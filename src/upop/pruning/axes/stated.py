@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from upop.pruning.again import random_numbers_kept
 from upop.pruning.axes.copies import message_of, numbered
 from upop.pruning.axes.proof import POWERS, Bench, at_random
 from upop.pruning.axes.settle import kept_numbers
@@ -33,7 +33,7 @@ def with_stated(model: nn.Module, stated: Sequence[Stated], example: Any, found:
         SettingError: a statement does not fit the model.
         LayoutError: a proof fails; the message has the measured difference, or the error of the cut model.
     """
-    with torch.random.fork_rng(devices=[]):
+    with random_numbers_kept():
         groups = _proved(model, meant(model, stated, modality_of), example)
     taken: dict[tuple[str, int], set[int]] = {}
     for place, here in (item for group in groups for item in positions(group).items()):

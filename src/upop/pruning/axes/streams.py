@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from upop.pruning.again import random_numbers_kept
 from upop.pruning.axes.axis import axes_in, factors_of
 from upop.pruning.axes.candidates import Candidate, NotCuttableError, common, is_inner, ordered, slice_of
 from upop.pruning.axes.components import Component, components
@@ -57,7 +58,7 @@ def with_streams(model: nn.Module, example: Any, found: Prunable) -> Prunable:
 
 
 def _proved(model: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[list[Group], list[Skipped]]:
-    with torch.random.fork_rng(devices=[]):
+    with random_numbers_kept():
         try:
             shapes = Shapes(model, example, run=False)
             trace = traced(shapes)
