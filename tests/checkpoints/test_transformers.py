@@ -234,6 +234,16 @@ def test_layers_that_were_dropped_after_a_cut(tmp_path: Path) -> None:
     assert bit_equal(upop.load(folder), model, inputs)
 
 
+def test_a_limit_of_infinity_in_a_configuration_comes_back(tmp_path: Path) -> None:
+    """As state space models have; transformers writes it under a key, because JSON has no such number."""
+    model = bert()
+    model.config.limits = [0.0, float("inf")]
+    model.config.nested = {"least": -float("inf"), "words": {"__float__": "else"}}
+    loaded: Any = upop.load(upop.save(model, tmp_path / "saved"))
+    assert loaded.config.limits == [0.0, float("inf")]
+    assert loaded.config.nested == {"least": -float("inf"), "words": {"__float__": "else"}}
+
+
 def test_layers_that_are_dropped_and_still_counted_are_told_of_when_the_model_is_saved(tmp_path: Path) -> None:
     model, inputs = compressed("llama")
     model.model.layers = model.model.layers[:1]
