@@ -244,3 +244,21 @@ def test_what_runs_in_training_mode_alone_is_cut_without_its_dropout(cut: Callab
     assert inner.up.out_features == inner.norm.num_features == inner.down.in_features < HIDDEN
     with pytest.raises(NotImplementedError):
         model.eval()(batch)
+
+
+def test_models_of_one_class_have_their_own_modes() -> None:
+    class Chosen(nn.Module):
+        def __init__(self, mode: bool) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
+            self.mode = mode
+
+        def forward(self, batch: Tensor) -> Tensor:
+            if self.training != self.mode:
+                raise NotImplementedError("not in this mode")
+            result: Tensor = self.inner(batch)
+            return result
+
+    for mode in (True, False):
+        model = Chosen(mode)
+        assert len(upop.find_prunable(model, torch.randn(16, WIDTH)).groups) == 1

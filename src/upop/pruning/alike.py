@@ -14,7 +14,7 @@ from torch import Tensor, nn
 _MOST_BYTES = 2**16
 """Of a buffer whose content is compared."""
 _OWN = frozenset(vars(nn.Module()))
-_NOTED = frozenset({"upop_plan", "_upop_cut_beyond", "upop_preparation", "_is_accelerate_prepared"})
+_NOTED = frozenset({"upop_plan", "_upop_cut_beyond", "upop_preparation", "upop_in_training", "_is_accelerate_prepared"})
 """What is noted on a model, and no forward reads: the last by Accelerate."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)

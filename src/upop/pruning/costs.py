@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,17 +106,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 Training = Literal["itself", "parts"]
 """What of a model is in training mode where it does not run otherwise: itself alone, or all but the layers of torch."""
-_in_training: weakref.WeakKeyDictionary[type[nn.Module], Training] = weakref.WeakKeyDictionary()
+_IN_TRAINING = "upop_in_training"
+"""The attribute of a model, and of its copies, that says so."""
 
 
 def evaluated(model: nn.Module) -> nn.Module:
     """Put a model into evaluation mode; return it.
 
-    If its class is known to run in training mode alone, only that stays so which needs it: no layer of torch drops
+    If it is known to run in training mode alone, only that stays so which needs it: no layer of torch drops
     anything, or takes statistics of a batch.
     """
     model.eval()
-    way = next((_in_training[kind] for kind in type(model).__mro__ if kind in _in_training), None)
+    way: Training | None = getattr(model, _IN_TRAINING, None)
     return model if way is None else _partly_training(model, way)
 
 
@@ -133,20 +133,23 @@ def _is_layer_of_torch(kind: type[nn.Module]) -> bool:
     return any(home.startswith("torch.nn.modules.") and home != nn.Sequential.__module__ for home in homes)
 
 
-def runs_in_training(model: nn.Module, run: Callable[[nn.Module], Any]) -> bool:
-    """Whether a model that fails in evaluation mode runs in training mode; if so, that is remembered of its class.
+def runs_in_training(model: nn.Module, run: Callable[[nn.Module], Any], tried: nn.Module | None = None) -> bool:
+    """Whether a model that fails in evaluation mode runs in training mode; if so, that is remembered of it.
+
+    Not of its class: another model of it may run in evaluation mode, and drop something or fail in training mode.
 
     Args:
-        model: its modes change.
+        model: the model.
         run: calls it.
+        tried: what is called, whose modes change; by default the model itself.
     """
     ways: tuple[Training, ...] = ("itself", "parts")
     for way in ways:
         try:
-            run(_partly_training(model.eval(), way))
+            run(_partly_training((model if tried is None else tried).eval(), way))
         except Exception:  # the model's own
             continue
-        _in_training[type(model)] = way
+        setattr(model, _IN_TRAINING, way)
         return True
     return False
 

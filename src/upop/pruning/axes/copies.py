@@ -182,7 +182,7 @@ class Shapes:
         for mode in dict.fromkeys((faked, self.mode)):
             self.mode = mode
             self.example = self._example()
-            if runs_in_training(self.copy(), self._call):
+            if runs_in_training(self._model, self._call, self.copy()):
                 return True
         return False
 
