@@ -178,9 +178,10 @@ class AsWritten:
         changed: list[tuple[weakref.ref[nn.Module], str, Any]] = []
         parts = set(model.modules())
         for module in {*parts, *(each for each in wrappers if not parts.isdisjoint(each.modules()))}:
-            if "_orig_mod" in module._modules and "forward" in vars(module):  # a wrapper of torch.compile
+            inner = dict(module._modules.items()).get("_orig_mod")  # TorchScript's own mapping has no `get`
+            if inner is not None and "forward" in vars(module):  # a wrapper of torch.compile
                 changed.append((weakref.ref(module), "forward", vars(module)["forward"]))
-                vars(module)["forward"] = module._modules["_orig_mod"].__call__
+                vars(module)["forward"] = inner.__call__
             if getattr(module, "_compiled_call_impl", None) is not None:  # of module.compile()
                 changed.append((weakref.ref(module), "_compiled_call_impl", vars(module)["_compiled_call_impl"]))
                 vars(module)["_compiled_call_impl"] = None
