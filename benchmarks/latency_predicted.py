@@ -86,7 +86,7 @@ def realise(
     inputs = make(batch)
     profile = profile_model(model.eval(), inputs, runtime=runtime, points=points, repeats=repeats, clock=clock)
     groups = upop.find_groups(model, inputs)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for depth in (False, True):
         cut = copy.deepcopy(model)
         know_as(cut, model)

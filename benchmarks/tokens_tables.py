@@ -67,10 +67,14 @@ def at_speed(groups: Sequence[dict[str, Any]], task: str, factor: float, batch: 
     Quality is a straight line over the logarithm of the speed between two factors; the dense model is the first point.
     A way that is never as fast has no figure.
     """
-    mine = [group for group in groups if group["task"] == task and group.get("faster", {}).get(batch)]
-    speed = next((g["faster"][batch] for g in mine if (g["arm"], g.get("factor")) == ("both", factor)), None)
+    mine = [group for group in groups if group["task"] == task and (group.get("faster") or {}).get(batch)]
+    speed: float | None = next(
+        (g["faster"][batch] for g in mine if (g["arm"], g.get("factor")) == ("both", factor)), None
+    )
     found: dict[str, float] = {}
-    for arm in ARMS if speed else ():
+    if not speed:
+        return found
+    for arm in ARMS:
         points = sorted((math.log(g["faster"][batch]), g["mean"]) for g in mine if g["arm"] == arm)
         dense = next((group["mean"] for group in groups if group["task"] == task and group["arm"] == "dense"), None)
         points = ([(0.0, dense)] if dense is not None else []) + points

@@ -38,7 +38,7 @@ ASSET = Path(__file__).parents[1] / "assets" / "shapes-nlvr"
 PIXELS, PATCH, WIDTH, BATCH = 112, 14, 64, 16
 _VISION = {"patch_size": PATCH, "vision_width": WIDTH, "vision_depth": 6, "vision_heads": 4, "vision_mlp": 4 * WIDTH}
 _TEXT = {"text_width": 96, "text_heads": 3, "text_mlp": 384, "max_positions": 64}
-_BLIP = {**_VISION, **_TEXT, "dropout": 0.0, "drop_path": 0.0}
+_BLIP: dict[str, Any] = {**_VISION, **_TEXT, "dropout": 0.0, "drop_path": 0.0}
 
 
 @dataclass(frozen=True)

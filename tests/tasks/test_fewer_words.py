@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 import chat_models
 import runs
 import tiny_dual
 import upop
-from upop.cli.app import main
+from upop.cli.app import app, main
 from upop.data.tokenizer import load_tokenizer
 from upop.errors import SettingError
 from upop.pruning import count_parameters
@@ -143,6 +144,15 @@ def test_a_file_without_words_is_refused(tmp_path: Path, content: str) -> None:
     model = transformers.BertModel(small)
     with pytest.raises(SettingError, match=r"texts\.txt is empty"):
         upop.reduce_vocabulary(model, tmp_path / "texts.txt")
+
+
+def test_a_dry_run_reads_the_file(tmp_path: Path) -> None:
+    config = runs.make_task("caption", tmp_path)
+    asked = ["compress", "caption", "--config", str(config), "--dry-run", "--vocabulary"]
+    shown = CliRunner().invoke(app, [*asked, str(tmp_path / "none.txt")]).output
+    assert "missing" in shown and "not usable yet" in shown and "readable" not in shown.replace("\n", " ")
+    (tmp_path / "texts.txt").write_text("a red circle\n")
+    assert "not usable" not in CliRunner().invoke(app, [*asked, str(tmp_path / "texts.txt")]).output
 
 
 @pytest.mark.slow

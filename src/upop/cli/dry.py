@@ -40,9 +40,14 @@ def explain(task: Task[Any], settings: RunSettings, verb: Verb, *, before: str =
         console.print(as_text(f"  remote   {pretrained}"))
     tokenizer = [Path(settings.tokenizer)] if isinstance(settings, LanguageSettings) else []
     model = [] if fetched or pretrained is None else [Path(pretrained)]
-    for path in dict.fromkeys([*model, *settings.data_folders.values(), *tokenizer]):
+    words = [] if settings.vocabulary is None else [Path(settings.vocabulary)]
+    for path in dict.fromkeys([*model, *settings.data_folders.values(), *tokenizer, *words]):
         console.print(as_text(f"  {'found  ' if path.exists() else 'missing'}  {path}"))
     try:
+        if words:
+            from upop.checkpoints.configs.vocabulary import read_vocabulary
+
+            read_vocabulary(words[0])
         for split in (*(() if verb == "evaluate" else ("train",)), *task.evaluated(settings)):
             for note in getattr(task.dataset(settings, split), "notes", ()):
                 console.print(as_text(f"  {note}"))

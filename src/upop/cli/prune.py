@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from upop.checkpoints import open_checkpoint
+from upop.checkpoints.configs.vocabulary import read_vocabulary
 from upop.cli import options as o
 from upop.errors import SettingError
 from upop.plain import as_text
@@ -79,6 +80,8 @@ def prune(
     if settings.method != "upop":
         raise SettingError(f"upop prune has no method {settings.method}. Use upop compress {task.name} for it.")
     if dry_run:
+        if settings.vocabulary is not None:
+            read_vocabulary(settings.vocabulary)
         console.print(as_text(estimate(task, settings).described()))
         return
     results = run_prune(
