@@ -154,8 +154,10 @@ def test_tokens_come_back_to_their_places_for_a_decoder_that_reads_a_grid(decode
     sizes = {"image_size": 32, "patch_size": 8, "vision_width": 32, "vision_depth": 3, "vision_heads": 2}
     config = SegmenterConfig(**sizes, vision_mlp=64, classes=3, decoder=decoder)  # type: ignore[arg-type]
     model = made(lambda: Segmenter(config)).double()
-    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    image[..., 16:] = image[..., :16]  # four pairs of patches that are equal but for where they are
+    # Eight patches of one kind and eight of another. A processor may round equal tokens differently, which decides ties;
+    # whichever four and two are removed, another one of the same kind remains.
+    patches = torch.randn(2, 3, 8, 16, dtype=torch.float64)
+    image = torch.cat([patches, patches.roll(8, dims=3)], dim=2).repeat(1, 1, 2, 2)
     with torch.no_grad():
         model.encoder.pos_embed[:, 1:] = model.encoder.pos_embed[:, 1:2]  # type: ignore[union-attr, operator]
         wanted = model(image)
@@ -166,7 +168,7 @@ def test_tokens_come_back_to_their_places_for_a_decoder_that_reads_a_grid(decode
         assert found.shape == wanted.shape
         loaded = upop.load(upop.save(model, tmp_path / "segmenter"))
         torch.testing.assert_close(loaded(image), found)
-        upop.merge_tokens(model, [4, 4, 0])
+        upop.merge_tokens(model, [4, 2, 0])
         torch.testing.assert_close(model(image), wanted)
 
 
