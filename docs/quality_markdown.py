@@ -40,10 +40,12 @@ METHODS = {
     "Torch-Pruning L2": "Torch-Pruning, L2",
     "Torch-Pruning Taylor": "Torch-Pruning, Taylor",
 }
+_VARIANTS = {"no teacher": "without teacher", "no progress": "one cut", "per modality": "budgets per modality"}
+"""What the variants of the default are called in the cells of the leads."""
 _ABSENT = "-"
 _AHEAD = {
-    False: f"*{DEFAULT}, ahead of the best other method*",
-    True: f"*{DEFAULT}, ahead of the best variant of itself*",
+    False: f"*{DEFAULT}, lead over the best other method*",
+    True: f"*{DEFAULT}, lead over its best variant*",
 }
 
 
@@ -176,7 +178,7 @@ def _lead(column: Sequence[Group], variants: bool) -> str:
         return _ABSENT
     other, lead, spread = found
     spreads = f", spread {spread:.1f}" if any(group.get("std") is not None for group in column) else ""
-    return f"{lead:+.1f} ({other}{spreads})"
+    return f"{lead:+.1f} ({_VARIANTS.get(other, other)}{spreads})"
 
 
 def _refuse_unknown(content: Mapping[str, Any], methods: Mapping[str, str]) -> None:

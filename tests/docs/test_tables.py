@@ -139,8 +139,8 @@ def test_best_methods_are_bold_and_what_is_missing_is_said() -> None:
     assert found["upop, the default"] == ["16 + 84", "90.0 ± 0.5 (1 k, 2.00 s)", "**80.0 ± 0.5** (1 k, 2.00 s)"]
     assert found["Taylor, cut first"] == ["10 + 90", "**91.0 ± 0.5** (1 k, 2.00 s)", "-"]
     assert found["reference, costs 36 : 1"][1] == "95.0 ± 0.5 (2 k, 2.00 s)"  # larger, so no rival
-    assert found["*upop, ahead of the best other method*"] == ["", "-1.0 (Taylor, spread 0.5)", "-"]
-    assert found["*upop, ahead of the best variant of itself*"] == ["", "+2.0 (no progress, spread 0.5)", "-"]
+    assert found["*upop, lead over the best other method*"] == ["", "-1.0 (Taylor, spread 0.5)", "-"]
+    assert found["*upop, lead over its best variant*"] == ["", "+2.0 (one cut, spread 0.5)", "-"]
     assert not tables.quality.whole(content, "flops")
 
 
