@@ -59,7 +59,7 @@ def test_what_is_in_the_way_is_named(name: str) -> None:
         check_cut(model, given(), copies=(build(), build()))
 
 
-@pytest.mark.parametrize("state", ["attached", "merged"])
+@pytest.mark.parametrize("state", ["attached", "scaled", "merged"])
 def test_adapters_are_no_mlps(state: str) -> None:
     from pruning.wrapped import adapted
 

@@ -152,9 +152,12 @@ def offloaded(*, removed: bool) -> Any:
 
 
 def adapted(state: str) -> Any:
-    from peft import LoraConfig, get_peft_model
+    """Return a model with LoRA; "scaled" has a number for each rank between the factors, as AdaLoRA trains them."""
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["qkv", "fc1"]))
+    layers = ["qkv", "fc1"]
+    scaled = AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=layers) if state == "scaled" else None
+    model = get_peft_model(net(), scaled or LoraConfig(r=2, target_modules=layers))
     if state == "merged":
         model.merge_adapter()
     return model.merge_and_unload() if state == "unloaded" else model

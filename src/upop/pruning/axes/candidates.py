@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,10 @@ from upop.pruning.words import modality_of
 
 HEADS = ("head", "group")
 _BOTTLENECK = 8
-"""An MLP whose hidden width is the residual stream's divided by this, or less, is an adapter or a gate."""
+"""An MLP whose hidden width is the residual stream's divided by this, or less, is an adapter or a gate.
+
+Experts of a quarter of the width are common (Qwen3-Next: 512 of 2,048), so that a wider adapter cannot be told from one.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,11 @@ def read_alike(slices: list[Slice]) -> list[Slice]:
 
 def _check_block(trace: Trace, component: Component) -> None:
     """Refuse axes outside residual blocks: output heads, projections, gates, adapters."""
-    layers = [*component.producers, *component.consumers]
-    if "bent" not in component.axis.marks and len(layers) == 2 and all(len(part.use.axes) == 2 for part in layers):
+    size = component.axis.size
+    uses = {part.use.name: part.use for part in (*component.producers, *component.consumers)}.values()
+    layers = [use for use in uses if sum(axis.size > 1 for axis in use.axes) > 1]  # the others are scales
+    narrow = all(len(use.axes) == 2 or math.prod(axis.size for axis in use.axes) > size**2 for use in layers)
+    if "bent" not in component.axis.marks and len(layers) == 2 and narrow:
         raise NotCuttableError("it is a low-rank factor: nothing but a product lies between its two layers")
     inputs = _reached(trace, component.axis, "produces", "consumes")
     outputs = _reached(trace, component.axis, "consumes", "produces")
@@ -120,8 +127,8 @@ def _check_block(trace: Trace, component: Component) -> None:
     alone = not any("residual" in leaf.marks for leaf in trace.carriers)
     if not shared and not alone and width != sum(axis.size for axis in outputs):
         raise NotCuttableError("it is no block of a residual stream: what it reads is not what it adds to")
-    if component.axis.size * _BOTTLENECK <= width:
-        raise NotCuttableError(f"it is an adapter or a gate: {component.axis.size} neurons for a width of {width}")
+    if size * _BOTTLENECK <= width:
+        raise NotCuttableError(f"it is an adapter or a gate: {size} neurons for a width of {width}")
 
 
 def is_inner(trace: Trace, axis: Axis) -> bool:
