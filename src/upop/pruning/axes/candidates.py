@@ -21,7 +21,7 @@ HEADS = ("head", "group")
 _BOTTLENECK = 8
 """An MLP whose hidden width is the residual stream's divided by this, or less, is an adapter or a gate.
 
-Experts of a quarter of the width are common (Qwen3-Next: 512 of 2,048), so that a wider adapter cannot be told from one.
+Experts of a quarter of the width are common (Qwen3-Next: 512 of 2,048), so that a wider adapter cannot be told apart.
 """
 
 
