@@ -199,7 +199,7 @@ def _task(name: str, **overrides: Any) -> tuple[Any, Any]:
 @mistake("A wrong image_root")
 def _() -> None:
     task, settings = _task("caption")
-    compress(task, settings.model_copy(update={"image_root": Path("pictures")}))
+    compress(task, settings.model_copy(update={"image_root": Path("images")}))
 
 
 @mistake("No tokenizer")

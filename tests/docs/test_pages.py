@@ -75,7 +75,7 @@ def test_examples_of_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             Path(copy).parent.mkdir(parents=True, exist_ok=True)
             Path(copy).write_text(text)
         for image in re.findall(r'"([^"]+\.jpg)"', text):
-            path = Path("pictures") / image
+            path = Path("images") / image
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 30)).save(path)
     for line in (Path(line) for block in blocks(GUIDE, "text") for line in block.splitlines()):
