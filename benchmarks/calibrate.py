@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--split", choices=["val", "test"], default="test")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="data and run folders")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="data and run directories")
     parser.add_argument("--out", type=Path, default=RESULTS / "calibrate_cpu.json")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from upop.tasks import find_task
 
 _ROOT = Path(__file__).parents[1]
 FOLDER = Path("output/benchmarks")
-"""Of data and run folders."""
+"""Of data and run directories."""
 DATA = {"retrieval-clip": "retrieval", "retrieval-crossget": "retrieval"}
 """The generated set of a task, where it is not called like the task."""
 _CONFIGS = {"retrieval-crossget": "retrieval-clip"}
@@ -52,7 +52,7 @@ def settings_of(
 
     Args:
         name: of the task.
-        folder: of data and run folders.
+        folder: of data and run directories.
         samples: of the training split.
         seed: of the data.
         pixels: side of the images that are written; the settings say at which size the model sees them.
@@ -107,7 +107,7 @@ class DenseTask:
         settings: of the small model; data, batch sizes and rates.
         accelerator: of one process.
         model: the dense model, on its device, in training mode.
-        folder: of data and run folders.
+        folder: of data and run directories.
         most: at most so many samples of a held-out split are scored; None scores all.
     """
 

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", type=one_of([*DENSE]), default=[*DENSE])
     parser.add_argument("--samples", type=int, default=60_000, help="to train the dense model on")
     parser.add_argument("--compress-samples", type=int, default=20_000, help="to compress it on")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="data and run folders")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="data and run directories")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     for name in arguments.tasks:

@@ -321,7 +321,7 @@ _PLAIN = {
     "classes": "number of classes",
     "cost": "what the budget counts: params, flops or reference",
     "w_sp_mlp": "the same for MLP masks",
-    "output_dir": "the run folder",
+    "output_dir": "the run directory",
     "device": "auto, cuda, mps or cpu",
     "seed": "random seed",
     "vit": "base or large",

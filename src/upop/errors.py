@@ -47,7 +47,7 @@ class DeviceError(UPopError, RuntimeError):
 
 
 class RunFolderError(UPopError, OSError):
-    """A run folder cannot be written: no permission, no space, or not a folder."""
+    """A run directory cannot be written: no permission, no space, or not a folder."""
 
 
 class TrainingError(UPopError, RuntimeError):

@@ -73,13 +73,13 @@ class RunSettings(Checked):
     epochs: int | None = Field(
         None,
         ge=1,
-        description="all epochs of the run, those of a search too; if not given, max_epoch and search_epochs say them",
+        description="all epochs of the run, search included; by default max_epoch and search_epochs determine them",
     )
     max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`), as published files name them")
     search_epochs: int | None = Field(
         None,
         ge=1,
-        description="epochs of the published search; other methods train for as many in all. max_epoch if not given",
+        description="epochs of the published search; other methods train for as many in total. By default max_epoch",
     )
     warmup_steps: int | None = Field(
         None,
@@ -95,7 +95,7 @@ class RunSettings(Checked):
     )
     batch_size_auto: bool = Field(
         False,
-        description="find the largest batch that fits; where batch_size_train is given too, steps keep to its samples",
+        description="find the largest batch that fits; if batch_size_train is set too, a step keeps its samples",
     )
     batch_size_test: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -113,15 +113,14 @@ class RunSettings(Checked):
     ratio: float = Field(0.5, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
     target: str | None = Field(
         None,
-        description="in place of ratio: what is left of the whole model, as in params=0.5 (or 12M, 40MB@float16), "
-        "macs=2x, or both",
+        description="instead of ratio: limits for the whole model: params=0.5 (or 12M, 40MB@float16), macs=2x, or both",
     )
     profile: Path | None = Field(
-        None, description="what `upop profile` measured of the model, for a target such as latency=0.5 or latency=12ms"
+        None, description="file of `upop profile`, for a target such as latency=0.5 or latency=12ms"
     )
     vocabulary: Path | None = Field(
         None,
-        description="a compression first removes all words that this file does not use: texts, one per line, or a JSON "
+        description="before compression, remove all words that this file does not use: texts, one per line, or a JSON "
         "list of token ids; a target of parameters counts them as removed",
     )
     method: Literal["upop", "reference", "magnitude", "one-shot"] = Field(
@@ -129,30 +128,30 @@ class RunSettings(Checked):
         description="reference: as published; magnitude and one-shot: one cut, by weight norm or by first-order terms",
     )
     search_share: float = Field(
-        0.1, gt=0, lt=1, description="share of all steps that the search of method upop takes; 16 at least"
+        0.1, gt=0, lt=1, description="share of all steps that the search of method upop takes, at least 16 steps"
     )
     importance: Literal["absolute", "squared", "signed"] | None = Field(
-        None, description="how method upop ranks first-order changes of the loss; absolute if not given"
+        None, description="how method upop ranks first-order changes of the loss; by default absolute"
     )
     correct: bool = Field(
-        True, description="method upop corrects the layers that read what it cuts, by least squares on their inputs"
+        True, description="method upop corrects the consumers of pruned channels, by least squares on their inputs"
     )
     distill: float | None = Field(
         None,
         ge=0,
-        description="weight in the loss of how far the features are from the dense model's, in search and retraining "
-        "(if not given: 5 for method upop, else 0); above 0 it takes a forward pass of that model at every step",
+        description="weight of feature distillation from the dense model, in search and retraining; by default 5 for "
+        "method upop, else 0. Above 0, every step takes a forward pass of the dense model",
     )
     cost: Literal["params", "flops", "reference"] = "params"
     round_to: RoundTo | None = Field(
         None,
-        description="kept channels are multiples of this, or by kind: attention=8,mlp=128; by default what suits the "
-        "device: 8 on CUDA, else 1",
+        description="numbers of kept channels are multiples of this, or by kind: attention=8,mlp=128; by default 8 on "
+        "CUDA, else 1",
     )
     uniform: Literal["tower"] | None = Field(
         None,
         description="tower: all layers of a tower keep equally many heads and neurons, where the model's configuration "
-        "can say it, so that libraries load the result without upop",
+        "can express it, so that libraries load the result without upop",
     )
     depth: bool = Field(
         False,
@@ -160,13 +159,12 @@ class RunSettings(Checked):
     )
     tokens: int | float | tuple[int, ...] | Literal["auto"] | None = Field(
         None,
-        description="image tokens that every layer merges away: one number, one for each layer, or the share of the "
-        "encoder's multiply-adds to save; auto: as many as calibration finds best for a target of macs",
+        description="image tokens that merging removes in every layer: one number, one for each layer, or the share of "
+        "the encoder's multiply-adds to save; auto: as many as calibration finds best for a target of macs",
     )
     width: bool = Field(
         False,
-        description="prune channels of the residual stream of each tower, in all layers that write, normalise or read "
-        "it; needs a target",
+        description="prune channels of each tower's residual stream too, in all layers that use it; needs a target",
     )
     interval: int = Field(50, ge=1, description="search steps between updates of the masks, with method reference")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; affects only the logged loss")
@@ -176,7 +174,7 @@ class RunSettings(Checked):
     output_dir: Path = Path("output")
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     sharding: Literal["none", "fsdp"] = Field(
-        "none", description="fsdp: weights, gradients and the optimizer's state are shared out over the processes"
+        "none", description="fsdp: shard weights, gradients and optimizer state over the processes"
     )
     seed: int = Field(42, ge=0)
     num_workers: int = Field(4, ge=0, description="processes that decode images, per training process")
@@ -195,11 +193,12 @@ class RunSettings(Checked):
         description="further trackers of the rows of metrics.jsonl: tensorboard, or any tracker that Accelerate knows",
     )
     resume: Literal["no", "auto", "must"] = Field(
-        "no", description="go on from the newest checkpoint in output_dir: if there is one (auto), or else fail (must)"
+        "no",
+        description="continue from the newest checkpoint in output_dir: if there is one (auto), or fail (must)",
     )
     allow_changes: bool = Field(
         False,
-        description="a resumed run goes on though weights, data or libraries are not what they were, and notes that",
+        description="continue a resumed run although weights, data or libraries have changed, and record the changes",
     )
     checkpoint_minutes: float = Field(
         15, ge=0, description="between checkpoints within an epoch; 0 writes one after every step"
@@ -368,7 +367,7 @@ class ImageSettings(RunSettings):
     interpolation: Interpolation = Field("bicubic", description="how images are resized")
     resize: Resize = Field(
         "squash",
-        description="squash: both sides to the model's; crop: the short side, the middle is cut out; pad: the long one",
+        description="squash: both sides to the model's; crop: the short side, then a centre crop; pad: the long side",
     )
     crop_ratio: float = Field(
         1.0, gt=0, le=1, description="share of a resized image's side in the centre crop of evaluation"

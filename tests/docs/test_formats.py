@@ -48,7 +48,7 @@ def fields(value: Any) -> set[str]:
 
 @pytest.mark.slow
 def test_every_file_of_a_run_is_named(run: Path) -> None:
-    rows = re.findall(r"^\| (`.*?) \|", section(PAGE, "The run folder").partition("###")[0], flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", section(PAGE, "The run directory").partition("###")[0], flags=re.MULTILINE)
     names = [name for row in rows for name in code(row)]
     patterns = [re.sub(r"NNNNNNNN|NAME", "*", name) + ("*" if name.endswith("/") else "") for name in names]
     found = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]

@@ -154,8 +154,8 @@ def test_tokens_come_back_to_their_places_for_a_decoder_that_reads_a_grid(decode
     sizes = {"image_size": 32, "patch_size": 8, "vision_width": 32, "vision_depth": 3, "vision_heads": 2}
     config = SegmenterConfig(**sizes, vision_mlp=64, classes=3, decoder=decoder)  # type: ignore[arg-type]
     model = made(lambda: Segmenter(config)).double()
-    # Eight patches of one kind and eight of another. A processor may round equal tokens differently, which decides ties;
-    # whichever four and two are removed, another one of the same kind remains.
+    # Eight patches of one kind and eight of another. A processor may round equal tokens differently, which decides
+    # ties; whichever four and two are removed, another one of the same kind remains.
     patches = torch.randn(2, 3, 8, 16, dtype=torch.float64)
     image = torch.cat([patches, patches.roll(8, dims=3)], dim=2).repeat(1, 1, 2, 2)
     with torch.no_grad():

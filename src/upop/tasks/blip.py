@@ -26,7 +26,7 @@ class BlipSettings(LanguageSettings):
 
     vit: Literal["base", "large"] = "base"
     vit_grad_ckpt: bool = Field(False, description="recompute activations of the vision transformer: less memory")
-    vit_ckpt_layer: int = Field(0, ge=0, description="how many of its last blocks to recompute")
+    vit_ckpt_layer: int = Field(0, ge=0, description="number of last blocks to recompute with vit_grad_ckpt")
     init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
     cross: float | None = Field(
         None,

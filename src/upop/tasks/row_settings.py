@@ -33,9 +33,9 @@ class RowSettings(RunSettings):
     val_data: str | None = Field(
         None, description="validation rows, which select the best epoch; by default a share of `data` (hold_out)"
     )
-    val_split: str | None = Field(None, description="their split; without val_data a split of `data`")
+    val_split: str | None = Field(None, description="split of val_data, or of `data` without val_data")
     test_data: str | None = Field(None, description="test rows, for the final table")
-    test_split: str | None = Field(None, description="their split; without test_data a split of `data`")
+    test_split: str | None = Field(None, description="split of test_data, or of `data` without test_data")
     hold_out: float = Field(
         0.05, ge=0, lt=1, description=f"share of `data` for validation, if none are given; at most {MOST_HELD_OUT} rows"
     )

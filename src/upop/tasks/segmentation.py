@@ -73,12 +73,14 @@ class SegmentationSettings(RunSettings):
     mean: Mean | None = Field(
         None, description="mean of red, green and blue, from 0 to 1; by default that of normalization"
     )
-    std: Deviation | None = Field(None, description="their standard deviation; by default that of normalization")
+    std: Deviation | None = Field(
+        None, description="standard deviation of red, green and blue; by default that of normalization"
+    )
 
     image_size: int = Field(512, gt=0, description="size to which short sides of images are resized")
     crop_size: int | None = Field(None, gt=0, description="side of training crops; by default image_size")
     window_size: int | None = Field(None, gt=0, description="side of the sliding window; by default crop_size")
-    window_stride: int | None = Field(None, gt=0, description="its stride; by default window_size")
+    window_stride: int | None = Field(None, gt=0, description="stride of the sliding window; by default window_size")
     window_batch: int = Field(8, ge=1, description="windows per forward pass of evaluation; bounds the memory")
     multiscale: bool = Field(False, description="evaluate at six scales from 0.5 to 1.75, with and without flips")
     blend: int | Literal["all"] = Field(
