@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 import upop
 from latency import MODELS
+from upop.defaults import RUNTIMES
 from upop.errors import SettingError
 from upop.files import write_json
 from upop.machine import machine
-from upop.profiling import RUNTIMES, in_runtime, profile_model
+from upop.profiling import in_runtime, profile_model
 from upop.pruning.known import know_as
 from upop.pruning.latency import Latency
 from upop.report.latency import Clock, measure_latency

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from upop.defaults import POINTS, RUNTIMES
 from upop.errors import SettingError
 from upop.files import replacing_file
 from upop.machine import machine
@@ -30,10 +31,6 @@ from upop.pruning.prunable import groups_to_search
 from upop.pruning.shrink import apply_plan
 from upop.reading import read_object
 from upop.report.latency import Clock, measure_latency
-
-RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
-POINTS = 6
-"""Number of sizes at which a kind of layer is measured, besides the dense one."""
 
 
 @renamed_arguments(say="notify")

@@ -10,12 +10,11 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from upop.defaults import RECIPES
 from upop.errors import SettingError, nearest
 from upop.packaged import located
 from upop.values import Checked, problems
 from upop.yaml_files import read_yaml
-
-RECIPES = Path("configs/recipes.yaml")
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
         write_plain(bert, tmp_path / "mine", "padded")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
     upop.save(bert, tmp_path / "bert")
-    monkeypatch.setattr("upop.cli.export.load_named", pytest.fail)  # the weights are not read for a refusal
+    monkeypatch.setattr("upop.checkpoints.loading.load_named", pytest.fail)  # the weights are not read for a refusal
     refused = {
         "--to nemotron-nas": "a BertModel is none: it has embeddings.LayerNorm.bias, for example. .*--to padded",
         "--to padded --cache": "--cache is for graphs",

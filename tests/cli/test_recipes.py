@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from upop.cli import published, published_deit, published_segmenter, recipes
+from upop.cli import published, published_deit, published_segmenter
 from upop.cli.app import app
 from upop.errors import SettingError
 from upop.recipes import Recipe, find_recipe, read_recipes
@@ -71,7 +71,7 @@ def test_a_recipe_is_what_its_published_commands_ask_for(recipe: Recipe, monkeyp
 def test_a_dry_run_says_everything_and_does_nothing(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(recipes, "compress", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr("upop.runs.verbs.compress", lambda *_: pytest.fail("it started"))
     asked = ["run", recipe.name, "--dry-run", "--output-dir", str(tmp_path / "out")]
     result = runner.invoke(app, asked)
     assert result.exit_code == 0, result.output
@@ -84,7 +84,7 @@ def test_a_dry_run_says_everything_and_does_nothing(
 
 def test_run_starts_what_the_recipe_says_and_flags_beat_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[tuple[str, RunSettings]] = []
-    monkeypatch.setattr(recipes, "compress", lambda task, settings: started.append((task.name, settings)))
+    monkeypatch.setattr("upop.runs.verbs.compress", lambda task, settings: started.append((task.name, settings)))
     result = runner.invoke(app, ["run", "nlvr2-3x", "--output-dir", str(tmp_path), "--set", "num_workers=1"])
     assert result.exit_code == 0, result.output
     (task, settings) = started[0]
@@ -110,7 +110,7 @@ def test_a_dry_run_tells_what_the_method_does(method: str, says: str) -> None:
 
 def test_a_target_takes_the_place_of_the_published_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[RunSettings] = []
-    monkeypatch.setattr(recipes, "compress", lambda _, settings: started.append(settings))
+    monkeypatch.setattr("upop.runs.verbs.compress", lambda _, settings: started.append(settings))
     words = ["run", "nlvr2-2x", "--target", "params=0.6"]
     result = runner.invoke(app, [*words, "--method", "upop"])
     assert result.exit_code == 0, result.output
@@ -139,7 +139,7 @@ def test_rows_with_the_published_names_are_read(tmp_path: Path) -> None:
 
 def test_epochs_of_a_command_are_all_and_keep_the_published_share(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[RunSettings] = []
-    monkeypatch.setattr(recipes, "compress", lambda _, settings: started.append(settings))
+    monkeypatch.setattr("upop.runs.verbs.compress", lambda _, settings: started.append(settings))
     for words in (["nlvr2-2x", "--set", "epochs=10"], ["ade20k-p0.1", "--set", "epochs=10"]):
         result = runner.invoke(app, ["run", *words])
         assert result.exit_code == 0, result.output

@@ -12,7 +12,7 @@ from torch import nn
 import upop
 from pruning.families import NLVR, difference, nlvr, outputs_of
 from upop.models.blip import BlipConfig, build_vision_encoder, checkpoint_last_blocks
-from upop.models.checkpointing import CheckpointedBlock
+from upop.models.checkpointed_block import CheckpointedBlock
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 
 

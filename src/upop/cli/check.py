@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,18 +13,18 @@ from rich.table import Table
 
 from upop.cli import options as o
 from upop.cli.recipes import File, RecipeName, settings_of
-from upop.errors import SettingError
+from upop.defaults import RECIPES
 from upop.plain import as_text
-from upop.published_data import published_data
-from upop.recipes import RECIPES, find_recipe
-from upop.runs.check import Finding
-from upop.runs.check import check as check_run
-from upop.tasks import find_task
+
+if TYPE_CHECKING:
+    from upop.runs.check import Finding
 
 _STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
 
 
 def _count(text: str) -> int | None:
+    from upop.errors import SettingError
+
     if text == "all":
         return None
     if not text.isascii() or not text.isdigit():
@@ -48,6 +48,11 @@ def check(
     assign: o.Set = None,
 ) -> None:
     """Check the data, the checkpoint and the tokenizer of a published run; exit code 1 if something is wrong."""
+    from upop.published_data import published_data
+    from upop.recipes import find_recipe
+    from upop.runs.check import check as check_run
+    from upop.tasks import find_task
+
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
     count = _count(decode)

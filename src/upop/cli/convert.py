@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import nn
 
-from upop.checkpoints import save
-from upop.checkpoints.convert import check_target, read_model, write_model
-from upop.checkpoints.loading import load_named
 from upop.cli import options as o
-from upop.data.tokenizer import load_tokenizer
-from upop.errors import SettingError
-from upop.models.blip import BlipConfig
 from upop.plain import as_text
-from upop.pruning import count_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Form(StrEnum):
@@ -59,6 +54,9 @@ def convert(
     The shapes in a published file do not determine numbers of heads, and MLP widths before pruning: if they are not the
     published ones, set them, as in `--set vision_heads=6`.
     """
+    from upop.checkpoints.convert import check_target, read_model, write_model
+    from upop.pruning import count_parameters
+
     if vocabulary is not None:
         _with_fewer_words(source, target, vocabulary, tokenizer, to, task, assign, overwrite)
         return
@@ -86,7 +84,12 @@ def _with_fewer_words(
     assign: list[str] | None,
     overwrite: bool,
 ) -> None:
+    from upop.checkpoints import save
     from upop.checkpoints.configs.fewer_words import with_fewer_words
+    from upop.checkpoints.convert import check_target
+    from upop.checkpoints.loading import load_named
+    from upop.errors import SettingError
+    from upop.pruning import count_parameters
 
     if to not in (None, Form.upop) or target.suffix == ".pth":
         raise SettingError(
@@ -108,6 +111,10 @@ def _with_fewer_words(
 
 def _tokenizer(model: nn.Module, place: str) -> Any:
     """Return the tokenizer in a folder, or of a name on the hub, as the model's task loads it."""
+    from upop.data.tokenizer import load_tokenizer
+    from upop.errors import SettingError
+    from upop.models.blip import BlipConfig
+
     if isinstance(getattr(model, "config", None), BlipConfig):
         return load_tokenizer(Path(place) if Path(place).exists() else place)
     from transformers import AutoTokenizer

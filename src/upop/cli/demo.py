@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from upop.checkpoints import load
 from upop.cli import options as o
 from upop.cli.report import PAGE
 from upop.cli.shapes import write_with_progress
-from upop.examples import Examples
-from upop.ownership import wrote_page
 from upop.plain import as_text
-from upop.report.page import write_comparison_page
-from upop.report.results import results_table
-from upop.report.run import read_run
-from upop.runs.devices import make_accelerator
-from upop.runs.examples import write_examples
-from upop.runs.run import Metrics, measure
-from upop.runs.verbs import compress, method_name
-from upop.settings import read_settings
-from upop.shared_folder import SharedFolder
-from upop.tasks import find_task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from upop.examples import Examples
+    from upop.runs.run import Metrics
 
 CONFIG = Path("configs/shapes/nlvr.yaml")
 DENSE = Path("assets/shapes-nlvr")
@@ -48,6 +39,21 @@ def demo(
     The demo generates images with true and false sentences. It then compresses the dense model in the package twice,
     with equally many training steps: with the default method, and with one cut by weight magnitude.
     """
+    import torch
+
+    from upop.checkpoints import load
+    from upop.ownership import wrote_page
+    from upop.report.page import write_comparison_page
+    from upop.report.results import results_table
+    from upop.report.run import read_run
+    from upop.runs.devices import make_accelerator
+    from upop.runs.examples import write_examples
+    from upop.runs.run import measure
+    from upop.runs.verbs import compress, method_name
+    from upop.settings import read_settings
+    from upop.shared_folder import SharedFolder
+    from upop.tasks import find_task
+
     assert output_dir is not None
     console = Console()
     folder = SharedFolder(output_dir, "demo", ("examples",), lambda name, path: name == PAGE and wrote_page(path))

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from upop.checkpoints import Checkpoint, open_checkpoint
-from upop.checkpoints.loading import is_timm_name, load_named
 from upop.cli import options as o
-from upop.errors import CheckpointError, SettingError
-from upop.files import check_folder
-from upop.ownership import Kind
 from upop.plain import as_text
-from upop.reading import read_object
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from upop.checkpoints import Checkpoint
+    from upop.ownership import Kind
 
 
 @dataclass(frozen=True)
@@ -95,6 +92,10 @@ def _check_graphs(format: str) -> Callable[[str, bool, str | None], None]:
 
 def _check_models(format: str) -> Callable[[str, bool, str | None], None]:
     def check(source: str, cache: bool, quantize: str | None) -> None:
+        from upop.checkpoints import open_checkpoint
+        from upop.checkpoints.loading import is_timm_name
+        from upop.errors import SettingError
+
         if quantize is not None or cache:
             flag = "--cache is for graphs" if quantize is None else "--quantize is for --to onnx and --to openvino"
             raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
@@ -186,6 +187,11 @@ def export(
 
     Models of upop's tasks become the graphs that their task calls; other models become one graph of a forward pass.
     """
+    from upop.checkpoints import open_checkpoint
+    from upop.checkpoints.loading import is_timm_name, load_named
+    from upop.errors import SettingError
+    from upop.files import check_folder
+
     target = TARGETS[to]
     if samples is not None and (quantize is None or config is None):
         raise SettingError("--samples needs --quantize int8, and the settings of a task in --config. Give both.")
@@ -212,6 +218,9 @@ def _samples(model: nn.Module, name: str | None, config: Path, count: int) -> li
 
 def _notify(out: Path) -> None:
     """Print the graphs that were written."""
+    from upop.errors import CheckpointError
+    from upop.reading import read_object
+
     console = Console(soft_wrap=True, highlight=False)
     for name, graph in read_object(out / "export.json", CheckpointError, "Export the model again.")["graphs"].items():
         axes = ", ".join(f"{key} {tuple(value)}".replace("'", "") for key, value in graph["inputs"].items())

@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from torch.utils._pytree import tree_map
 
-from upop.checkpoints.loading import load_named
 from upop.cli import options as o
-from upop.cli.inspect import example_of
-from upop.errors import SettingError
+from upop.defaults import POINTS, RUNTIMES
 from upop.plain import as_text
-from upop.profiling import POINTS, RUNTIMES, batch_of, profile_model, write_profile
 
 
 def profile(
@@ -37,6 +32,14 @@ def profile(
     assign: o.Set = None,
 ) -> None:
     """Measure the latency of a model's layers on this machine, for --target latency=0.5 or latency=12ms."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    from upop.checkpoints.loading import load_named
+    from upop.cli.inspected import example_of
+    from upop.errors import SettingError
+    from upop.profiling import batch_of, profile_model, write_profile
+
     model = load_named(source, task, **o.overrides({}, assign))
     inputs, note = example_of(model)
     if inputs is None:

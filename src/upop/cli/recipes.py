@@ -5,33 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from upop.cli import options as o
-from upop.cli.dry import explain
+from upop.defaults import RECIPES
 from upop.plain import as_text
-from upop.recipes import RECIPES, Recipe, find_recipe, read_recipes
-from upop.runs.verbs import compress, evaluate_checkpoint
-from upop.settings import RunSettings
-from upop.tasks import find_task
+
+if TYPE_CHECKING:
+    from upop.recipes import Recipe
+    from upop.settings import RunSettings
 
 File = Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")]
+
+
+def _names() -> Mapping[str, Any]:
+    from upop.recipes import read_recipes
+
+    return read_recipes()
+
+
 RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
         help="Name of a recipe; `upop recipes` lists them.",
-        autocompletion=o.starting_with(read_recipes),
+        autocompletion=o.starting_with(_names),
     ),
 ]
 
 
 def recipes(file: File = RECIPES) -> None:
     """List every published run."""
+    from upop.recipes import read_recipes
+
     table = Table(title="Published runs", title_justify="left")
     table.add_column("name", no_wrap=True)
     for heading in ("ratio", "epochs", "the paper's result"):
@@ -80,6 +90,11 @@ def run(
 
     Under torchrun it runs on all processes.
     """
+    from upop.cli.dry import explain
+    from upop.recipes import find_recipe
+    from upop.runs.verbs import compress, evaluate_checkpoint
+    from upop.tasks import find_task
+
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
     settings = settings_of(context, recipe, assign, evaluate=only_evaluate, also=o.sharding(fsdp))
@@ -111,6 +126,8 @@ def settings_of(
     Raises:
         SettingError: a setting is not valid; the message says where it is from.
     """
+    from upop.tasks import find_task
+
     beneath: dict[str, Any] = dict(recipe.overrides)
     if context.params.get("target") is not None:
         beneath.pop("ratio", None)  # the target replaces it

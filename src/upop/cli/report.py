@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from upop.errors import SettingError
 from upop.plain import as_text
-from upop.report.page import write_comparison_page, write_run_page
-from upop.report.run import read_run
 
 PAGE = "report.html"
 COMPARISON = Path("comparison.html")
@@ -30,6 +27,10 @@ def report(
 
     The file is self-contained. With --compare it shows several runs side by side.
     """
+    from upop.errors import SettingError
+    from upop.report.page import write_comparison_page, write_run_page
+    from upop.report.run import read_run
+
     if len(runs) > 1 and not compare:
         raise SettingError(f"{len(runs)} runs were given. Add --compare for one page of all, or give only one.")
     found = [read_run(path) for path in runs]

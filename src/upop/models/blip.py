@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BlipTextConfig
 
-from upop.models.checkpointing import CheckpointedBlock
+from upop.models.checkpointed_block import CheckpointedBlock
 from upop.models.decoder import TextDecoder
 from upop.models.sizes import ModelConfig, check_heads, check_patches
 
