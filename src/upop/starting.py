@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +30,16 @@ def end_watch() -> None:
     """Restore the default handler: from here on an interrupt is an exception, since there may be files to close."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Let Ctrl-C end this process at once within the block, in which a command imports its libraries."""
+    watch_start()
+    try:
+        yield
+    finally:
+        end_watch()
 
 
 def _is_command() -> bool:

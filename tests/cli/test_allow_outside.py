@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from upop.cli import app, published, published_deit, published_segmenter, recipes
+from upop.cli import app, published, published_deit, published_segmenter
 from upop.runs import verbs
 from upop.settings import RunSettings
 from upop.tasks import TASKS
@@ -15,7 +15,7 @@ COMMANDS: dict[str, tuple[Any, str, Any, list[str]]] = {
     **{f"train {task}": (verbs, "train", app.app, ["train", task]) for task in TASKS},
     "compress": (verbs, "compress", app.app, ["compress", "caption"]),
     "evaluate": (verbs, "evaluate_checkpoint", app.app, ["evaluate", "vqa", "--pretrained", "x"]),
-    "run": (recipes, "compress", app.app, ["run", "nlvr2-2x"]),
+    "run": (verbs, "compress", app.app, ["run", "nlvr2-2x"]),
     "blip": (published, "compress", published.blip_command("nlvr", "configs/nlvr.yaml"), []),
     "deit": (published_deit, "compress", published_deit.app, []),
     "segmenter": (published_segmenter, "compress", published_segmenter.app, ["--log-dir", "x"]),

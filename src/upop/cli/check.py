@@ -15,6 +15,7 @@ from upop.cli import options as o
 from upop.cli.recipes import File, RecipeName, settings_of
 from upop.defaults import RECIPES
 from upop.plain import as_text
+from upop.starting import starting
 
 if TYPE_CHECKING:
     from upop.runs.check import Finding
@@ -48,10 +49,11 @@ def check(
     assign: o.Set = None,
 ) -> None:
     """Check the data, the checkpoint and the tokenizer of a published run; exit code 1 if something is wrong."""
-    from upop.published_data import published_data
-    from upop.recipes import find_recipe
-    from upop.runs.check import check as check_run
-    from upop.tasks import find_task
+    with starting():
+        from upop.published_data import published_data
+        from upop.recipes import find_recipe
+        from upop.runs.check import check as check_run
+        from upop.tasks import find_task
 
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from upop.cli import options as o
 from upop.plain import as_text
+from upop.starting import starting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,8 +55,9 @@ def convert(
     The shapes in a published file do not determine numbers of heads, and MLP widths before pruning: if they are not the
     published ones, set them, as in `--set vision_heads=6`.
     """
-    from upop.checkpoints.convert import check_target, read_model, write_model
-    from upop.pruning import count_parameters
+    with starting():
+        from upop.checkpoints.convert import check_target, read_model, write_model
+        from upop.pruning import count_parameters
 
     if vocabulary is not None:
         _with_fewer_words(source, target, vocabulary, tokenizer, to, task, assign, overwrite)
@@ -84,12 +86,13 @@ def _with_fewer_words(
     assign: list[str] | None,
     overwrite: bool,
 ) -> None:
-    from upop.checkpoints import save
-    from upop.checkpoints.configs.fewer_words import with_fewer_words
-    from upop.checkpoints.convert import check_target
-    from upop.checkpoints.loading import load_named
-    from upop.errors import SettingError
-    from upop.pruning import count_parameters
+    with starting():
+        from upop.checkpoints import save
+        from upop.checkpoints.configs.fewer_words import with_fewer_words
+        from upop.checkpoints.convert import check_target
+        from upop.checkpoints.loading import load_named
+        from upop.errors import SettingError
+        from upop.pruning import count_parameters
 
     if to not in (None, Form.upop) or target.suffix == ".pth":
         raise SettingError(

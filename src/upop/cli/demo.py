@@ -13,6 +13,7 @@ from upop.cli import options as o
 from upop.cli.report import PAGE
 from upop.cli.shapes import write_with_progress
 from upop.plain import as_text
+from upop.starting import starting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,20 +40,21 @@ def demo(
     The demo generates images with true and false sentences. It then compresses the dense model in the package twice,
     with equally many training steps: with the default method, and with one cut by weight magnitude.
     """
-    import torch
+    with starting():
+        import torch
 
-    from upop.checkpoints import load
-    from upop.ownership import wrote_page
-    from upop.report.page import write_comparison_page
-    from upop.report.results import results_table
-    from upop.report.run import read_run
-    from upop.runs.devices import make_accelerator
-    from upop.runs.examples import write_examples
-    from upop.runs.run import measure
-    from upop.runs.verbs import compress, method_name
-    from upop.settings import read_settings
-    from upop.shared_folder import SharedFolder
-    from upop.tasks import find_task
+        from upop.checkpoints import load
+        from upop.ownership import wrote_page
+        from upop.report.page import write_comparison_page
+        from upop.report.results import results_table
+        from upop.report.run import read_run
+        from upop.runs.devices import make_accelerator
+        from upop.runs.examples import write_examples
+        from upop.runs.run import measure
+        from upop.runs.verbs import compress, method_name
+        from upop.settings import read_settings
+        from upop.shared_folder import SharedFolder
+        from upop.tasks import find_task
 
     assert output_dir is not None
     console = Console()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from upop.cli import options as o
 from upop.plain import as_text
+from upop.starting import starting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -187,10 +188,11 @@ def export(
 
     Models of upop's tasks become the graphs that their task calls; other models become one graph of a forward pass.
     """
-    from upop.checkpoints import open_checkpoint
-    from upop.checkpoints.loading import is_timm_name, load_named
-    from upop.errors import SettingError
-    from upop.files import check_folder
+    with starting():
+        from upop.checkpoints import open_checkpoint
+        from upop.checkpoints.loading import is_timm_name, load_named
+        from upop.errors import SettingError
+        from upop.files import check_folder
 
     target = TARGETS[to]
     if samples is not None and (quantize is None or config is None):

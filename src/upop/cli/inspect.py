@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from upop.cli import options as o
+from upop.starting import starting
 
 
 def inspect(
@@ -35,7 +36,8 @@ def inspect(
     assign: o.Set = None,
 ) -> None:
     """Show a model's groups, parameters and GMACs per modality, its coverage, and preview a budget."""
-    from upop.cli.inspected import show
+    with starting():
+        from upop.cli.inspected import show
 
     show(
         source,

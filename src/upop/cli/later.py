@@ -11,7 +11,6 @@ import typer
 from typer.main import get_command
 
 from upop.cli.help import Command, Group
-from upop.starting import end_watch, watch_start
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,7 @@ class Later:
     def command(self, name: str) -> Any:
         """Import the command and return it."""
         alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        watch_start()  # the import takes seconds
-        try:
-            function = getattr(import_module(self.module), name)
-        finally:
-            end_watch()
+        function = getattr(import_module(self.module), name)
         alone.command(name, cls=Command, epilog=f"Example: {self.example}")(function)
         return get_command(alone)
 

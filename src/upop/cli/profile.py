@@ -11,6 +11,7 @@ from rich.console import Console
 from upop.cli import options as o
 from upop.defaults import POINTS, RUNTIMES
 from upop.plain import as_text
+from upop.starting import starting
 
 
 def profile(
@@ -32,13 +33,14 @@ def profile(
     assign: o.Set = None,
 ) -> None:
     """Measure the latency of a model's layers on this machine, for --target latency=0.5 or latency=12ms."""
-    import torch
-    from torch.utils._pytree import tree_map
+    with starting():
+        import torch
+        from torch.utils._pytree import tree_map
 
-    from upop.checkpoints.loading import load_named
-    from upop.cli.inspected import example_of
-    from upop.errors import SettingError
-    from upop.profiling import batch_of, profile_model, write_profile
+        from upop.checkpoints.loading import load_named
+        from upop.cli.inspected import example_of
+        from upop.errors import SettingError
+        from upop.profiling import batch_of, profile_model, write_profile
 
     model = load_named(source, task, **o.overrides({}, assign))
     inputs, note = example_of(model)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from upop.cli import options as o
 from upop.plain import as_text
+from upop.starting import starting
 
 _RATIO = 0.25
 
@@ -59,15 +60,16 @@ def prune(
     assign: o.Set = None,
 ) -> None:
     """Prune a model of transformers or open_clip without training, and evaluate it before and after."""
-    from upop.checkpoints import open_checkpoint
-    from upop.checkpoints.configs.vocabulary import read_vocabulary
-    from upop.errors import SettingError
-    from upop.report.results import results_table
-    from upop.runs.memory import format_bytes
-    from upop.tasks.estimate import estimate
-    from upop.tasks.prune import prune as run_prune
-    from upop.tasks.prune import task_for
-    from upop.tasks.row_settings import RowSettings
+    with starting():
+        from upop.checkpoints import open_checkpoint
+        from upop.checkpoints.configs.vocabulary import read_vocabulary
+        from upop.errors import SettingError
+        from upop.report.results import results_table
+        from upop.runs.memory import format_bytes
+        from upop.tasks.estimate import estimate
+        from upop.tasks.prune import prune as run_prune
+        from upop.tasks.prune import task_for
+        from upop.tasks.row_settings import RowSettings
 
     console = Console(highlight=False, soft_wrap=True)
     o.quiet_libraries()

@@ -14,6 +14,7 @@ from rich.table import Table
 from upop.cli import options as o
 from upop.defaults import RECIPES
 from upop.plain import as_text
+from upop.starting import starting
 
 if TYPE_CHECKING:
     from upop.recipes import Recipe
@@ -90,10 +91,11 @@ def run(
 
     Under torchrun it runs on all processes.
     """
-    from upop.cli.dry import explain
-    from upop.recipes import find_recipe
-    from upop.runs.verbs import compress, evaluate_checkpoint
-    from upop.tasks import find_task
+    with starting():
+        from upop.cli.dry import explain
+        from upop.recipes import find_recipe
+        from upop.runs.verbs import compress, evaluate_checkpoint
+        from upop.tasks import find_task
 
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)

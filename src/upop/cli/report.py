@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from upop.plain import as_text
+from upop.starting import starting
 
 PAGE = "report.html"
 COMPARISON = Path("comparison.html")
@@ -27,9 +28,10 @@ def report(
 
     The file is self-contained. With --compare it shows several runs side by side.
     """
-    from upop.errors import SettingError
-    from upop.report.page import write_comparison_page, write_run_page
-    from upop.report.run import read_run
+    with starting():
+        from upop.errors import SettingError
+        from upop.report.page import write_comparison_page, write_run_page
+        from upop.report.run import read_run
 
     if len(runs) > 1 and not compare:
         raise SettingError(f"{len(runs)} runs were given. Add --compare for one page of all, or give only one.")
