@@ -1,6 +1,6 @@
 """Whatever is read, bad or not: it works or ends in an error of ours, soon, in little memory, and touches nothing else.
 
-The whole is slow, and takes some minutes; some hundreds of its inputs are tried every time. What fails says its number,
+The whole is slow, and takes some minutes; about a hundred of its inputs are tried every time. What fails says its number,
 with which `python -m fuzz.again` tries it again.
 """
 
@@ -34,7 +34,12 @@ COUNTS: dict[str, int] = {
 
 AREAS = {start: [name for name in READERS if name.startswith(start)] for start in COUNTS}
 QUICK = range(2)
-"""Numbers of the inputs of each reader that every run of the tests tries."""
+"""Numbers of the inputs that every run of the tests tries, of each reader but those of `REPEATED`."""
+REPEATED = {
+    *(f"folder: {name}" for name in ("caption", "nlvr", "retrieval-clip", "segmentation", "transformers, BLIP")),
+    *(f"published: {name}" for name in ("caption", "retrieval", "retrieval-clip", "segmentation", "vqa")),
+}
+"""Readers of a format for a further model: making the good inputs would be most of the time."""
 
 
 def test_there_are_many_inputs() -> None:
@@ -44,9 +49,11 @@ def test_there_are_many_inputs() -> None:
 
 
 def test_some_bad_inputs(tmp_path: Path) -> None:
-    found = tried(dict.fromkeys(READERS, QUICK), tmp_path)
-    assert sum(one.inputs for one in found) == len(QUICK) * len(READERS)
-    assert sum(one.refused for one in found) > len(QUICK) * len(READERS) / 2
+    readers = [name for name in READERS if name not in REPEATED]
+    assert len(readers) == len(READERS) - len(REPEATED)
+    found = tried(dict.fromkeys(readers, QUICK), tmp_path)
+    assert sum(one.inputs for one in found) == len(QUICK) * len(readers)
+    assert sum(one.refused for one in found) > len(QUICK) * len(readers) / 2
     assert not any(one.failures for one in found), described(found)
 
 
