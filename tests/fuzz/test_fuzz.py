@@ -1,7 +1,7 @@
 """Whatever is read, bad or not: it works or ends in an error of ours, soon, in little memory, and touches nothing else.
 
-The whole is slow, and takes some minutes; about a hundred of its inputs are tried every time. What fails says its number,
-with which `python -m fuzz.again` tries it again.
+The whole is slow, and takes some minutes; about a hundred of its inputs are tried every time. What fails says its
+number, with which `python -m fuzz.again` tries it again.
 """
 
 from __future__ import annotations
