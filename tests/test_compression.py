@@ -318,7 +318,7 @@ def test_a_training_with_a_teacher_goes_on_within_a_stage_on_another_device() ->
 
 def test_a_model_that_nobody_can_teach_goes_without() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
-    with pytest.warns(UserWarning, match="No teacher: .* teacher=False"):
+    with pytest.warns(UserWarning, match="without a teacher: .* teacher=False"):
         compression = upop.Compression(model, 0.5, 6)
     assert compression.distillation is None
     compression.close()

@@ -166,7 +166,7 @@ def test_a_file_a_pipe_and_the_working_directory_are_no_folders_to_replace(
         with pytest.raises(RunFolderError, match=r"upop did not write|it is the working directory"):
             write_model(place)
     for place in (Path("/"), Path.home()):
-        with pytest.raises(RunFolderError, match="is there already"):
+        with pytest.raises(RunFolderError, match="already exists"):
             write_model(place, overwrite=True)
     assert names(tmp_path) == before
     assert (tmp_path / "model" / "weights").read_text() == "old"
@@ -232,7 +232,7 @@ def test_a_file_of_a_folder_is_written_anew_unless_it_was_changed(tmp_path: Path
 def test_what_comes_while_a_folder_is_written_is_kept(tmp_path: Path) -> None:
     write_model(tmp_path / "model", "old")
     with (
-        pytest.raises(RunFolderError, match="changed by somebody else"),
+        pytest.raises(RunFolderError, match="changed by another process"),
         replacing_folder(tmp_path / "model", "model") as fresh,
     ):
         (fresh / "weights").write_text("new")
@@ -259,7 +259,7 @@ def test_what_comes_while_a_file_is_written_is_kept(tmp_path: Path) -> None:
         if there:
             path.write_text("ours")
         with (
-            pytest.raises(RunFolderError, match=r"File exists|changed by somebody else"),
+            pytest.raises(RunFolderError, match=r"File exists|changed by another process"),
             replacing_file(path, replace=True) as part,
         ):
             part.write_text("new")
@@ -374,7 +374,7 @@ def test_limits_are_told(limit: str, value: int, described: str, tmp_path: Path)
 def test_a_file_of_others_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<p>mine</p>")
-    described = r"page\.html is there already: a file of 11 bytes, which begins '<p>mine</p>', that upop did not write"
+    described = r"page\.html already exists: a file of 11 bytes, which begins '<p>mine</p>', that upop did not write"
     with pytest.raises(RunFolderError, match=described):
         write_text(page, "new")
     with pytest.raises(RunFolderError, match=described):
@@ -582,13 +582,13 @@ def test_a_claimed_name_is_ours_until_it_is_removed(tmp_path: Path) -> None:
     (tmp_path / "best" / "tokenizer.json").write_text("mine")
     with pytest.raises(RunFolderError, match=r"changed: best/tokenizer\.json, figures/mine\.png, notes\.txt\. "):
         run.check()
-    with pytest.raises(RunFolderError, match=r"notes\.txt is there already"):
+    with pytest.raises(RunFolderError, match=r"notes\.txt already exists"):
         run.claim("notes.txt")
     run.remove(["settings.yaml", "notes.txt", "report.html", "nothing"])
     assert not (tmp_path / "settings.yaml").exists()
     assert not (tmp_path / "report.html").exists()
     (tmp_path / "settings.yaml").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"settings\.yaml is there already"):
+    with pytest.raises(RunFolderError, match=r"settings\.yaml already exists"):
         run.claim("settings.yaml")
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "settings.yaml").read_text() == "mine"
 

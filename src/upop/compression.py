@@ -203,9 +203,9 @@ class Compression:
         self._check_open("step()")
         if self.distillation is not None and not self._passed:
             raise StepError(
-                "step() found that the teacher's part of the loss is missing. Give the task's loss to loss() before "
-                "backward(): compression.loss(task_loss).backward(); or do without: Compression(..., teacher=False). A "
-                "Trainer that computes the loss itself (label smoothing) takes it by compute_loss_func."
+                "step() found no distillation loss: loss() was not called for this step. Call "
+                "compression.loss(task_loss).backward(), or use Compression(..., teacher=False). If a Trainer computes "
+                "the loss itself (label smoothing), give it a compute_loss_func."
             )
         self._passed = False
         if self.searching and self.pruner is not None:
@@ -343,7 +343,7 @@ class Compression:
             if self._insists:
                 raise
             self._teacher = None
-            warnings.warn(f"No teacher: {error} Give teacher=False where that is meant.", stacklevel=4)
+            warnings.warn(f"Training without a teacher: {error} Set teacher=False if this is intended.", stacklevel=4)
             return
         if now:
             self.distillation.begin()

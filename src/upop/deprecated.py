@@ -69,7 +69,7 @@ class _Moved(Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Return the module of the new path."""
-        warnings.warn(f"{spec.name} is called {self._new} now.", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{spec.name} is now called {self._new}.", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(self._new)
         self._spec = module.__spec__
         return module

@@ -51,7 +51,7 @@ class RunFolderError(UPopError, OSError):
 
 
 class TrainingError(UPopError, RuntimeError):
-    """Training cannot continue: the loss or the gradients stay non-finite."""
+    """Training cannot continue: loss or gradients remain non-finite."""
 
 
 class LostProcessError(TrainingError):

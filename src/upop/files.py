@@ -183,7 +183,7 @@ def write_table(path: Path, text: str) -> None:
 
 
 def rewrite_text(folder: Path, name: str, text: str) -> None:
-    """Write a text file anew in a folder that `replacing_folder` wrote.
+    """Rewrite a text file in a folder that `replacing_folder` wrote.
 
     Raises:
         RunFolderError: the file is not upop's, was changed, or cannot be written.
@@ -342,7 +342,7 @@ def _move_in(fresh: Path, folder: Path, last: str) -> None:
 
 def _changed(path: Path) -> RunFolderError:
     return RunFolderError(
-        f"{path} was changed by somebody else while it was written anew. It was left as it is now. Try again."
+        f"{path} was changed by another process while upop wrote it, and was left as it is. Try again."
     )
 
 

@@ -181,32 +181,31 @@ def _holds_working_directory(folder: Path) -> bool:
 def _refuse(folder: Path, found: Contents, kind: Kind | None, overwrite: bool) -> None:
     if found.kind is None or kind is None:
         raise RunFolderError(
-            f"{folder} is there already, and upop did not write what it holds: {shown(found.foreign)}. "
-            "Nothing was changed. Name a new or an empty folder."
+            f"{folder} already exists, and upop did not write what it holds: {shown(found.foreign)}. "
+            "Nothing was changed. Give a new or an empty folder."
         )
     if found.kind not in WHOLE:
         raise RunFolderError(
-            f"{folder} is there already: it holds {DESCRIBED[found.kind]} of upop, with "
+            f"{folder} already exists and holds {DESCRIBED[found.kind]} of upop, with "
             f"{shown(sorted({name.partition('/')[0] for name in found.state} - {MARKER}))}, "
-            f"and {DESCRIBED[kind]} would take its place. Nothing was changed. Name a new folder, or one inside it."
+            f"which {DESCRIBED[kind]} would replace. Nothing was changed. Give a new folder, or one inside it."
         )
     if found.foreign:
         raise RunFolderError(
-            f"{folder} is there already: it holds {DESCRIBED[found.kind]} that upop wrote, and beside it what upop did "
-            f"not write: {shown(found.foreign)}. Nothing was changed. Move that away, or name another folder."
+            f"{folder} already exists: it holds {DESCRIBED[found.kind]} that upop wrote, and files that upop did "
+            f"not write: {shown(found.foreign)}. Nothing was changed. Move those away, or give another folder."
         )
     if overwrite:
         return
     if found.kind != kind:
         raise RunFolderError(
-            f"{folder} is there already: it holds {DESCRIBED[found.kind]} of upop, and {DESCRIBED[kind]} would take "
-            f"its place. "
-            "Nothing was changed. Name another folder, or say that it is meant (overwrite=True, --overwrite)."
+            f"{folder} already exists and holds {DESCRIBED[found.kind]} of upop, which {DESCRIBED[kind]} would "
+            "replace. Nothing was changed. Give another folder, or allow it (overwrite=True, --overwrite)."
         )
     if found.changed:
         raise RunFolderError(
-            f"{folder} is there already, and these files in it were changed since upop wrote them: "
-            f"{shown(found.changed)}. Nothing was changed. Name another folder, or say that they may go "
+            f"{folder} already exists, and these files in it were changed since upop wrote them: "
+            f"{shown(found.changed)}. Nothing was changed. Give another folder, or allow replacing them "
             "(overwrite=True, --overwrite)."
         )
 
@@ -238,8 +237,8 @@ def refuse_foreign_file(path: Path, replace: bool | Callable[[Path], bool]) -> t
         )
     if not (replace(path) if callable(replace) else replace):
         raise RunFolderError(
-            f"{path} is there already: {_thing(path, found)} that upop did not write, or not as what is to take its "
-            "place. Nothing was changed. Choose another name, or say that it may go (overwrite=True, --overwrite)."
+            f"{path} already exists: {_thing(path, found)} that upop did not write, or that is of another kind. "
+            "Nothing was changed. Choose another name, or allow replacing it (overwrite=True, --overwrite)."
         )
     return _identity(found)
 

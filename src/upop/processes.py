@@ -1,4 +1,4 @@
-"""Identifies processes, to tell whether the maker of a temporary file has ended."""
+"""Identifies processes, to tell whether the process that wrote a temporary file has ended."""
 
 from __future__ import annotations
 

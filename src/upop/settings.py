@@ -39,7 +39,7 @@ S = TypeVar("S", bound="RunSettings")
 
 
 class RunSettings(Checked):
-    """What every task's run is made of. Published YAML files name these fields; a flag beats the file."""
+    """Settings of every task's run. Published YAML files use these names; flags override the file."""
 
     # numpy takes no larger seed.
     largest: ClassVar[Mapping[str, int]] = {"seed": 2**32 - 1, "image_size": 2**14, "num_workers": 2**10}
@@ -262,7 +262,7 @@ class RunSettings(Checked):
         limits = () if self.target is None else read_target(self.target)
         if self.tokens == AUTO and not any(limit.kind == "macs" for limit in limits):
             raise ValueError(
-                f"tokens: auto shares out a target of multiply-adds, and target is {self.target}; give one, as in "
+                f"tokens: auto divides a target of multiply-adds, and target is {self.target}; give one: "
                 "target: macs=0.5"
             )
         return self
@@ -274,9 +274,9 @@ class RunSettings(Checked):
         if self.target is not None and self.cost == "reference":
             raise ValueError("cost: reference is the budget of the published search, which takes a ratio and no target")
         if self.width and self.target is None:
-            raise ValueError("width takes a target, which counts the weights of the whole model; target: params=0.5")
+            raise ValueError("width needs a target, which counts the weights of the whole model: target: params=0.5")
         if self.method == "upop" and self.cost == "reference":
-            raise ValueError("cost: reference is the budget of the published search; it takes method: reference")
+            raise ValueError("cost: reference is the budget of the published search; set method: reference")
         if self.method in ("reference", "magnitude"):
             changed = [
                 name
@@ -285,8 +285,8 @@ class RunSettings(Checked):
             ]
             if changed:
                 raise ValueError(
-                    f"method: {self.method} has no use for {' and '.join(changed)}, which method upop takes; leave "
-                    f"{'them' if len(changed) > 1 else 'it'} out, or take method: upop"
+                    f"method: {self.method} does not use {' and '.join(changed)}; leave "
+                    f"{'them' if len(changed) > 1 else 'it'} out, or set method: upop"
                 )
         return self
 
@@ -417,7 +417,7 @@ def read_settings(
     if {"ratio", "target"} <= given.keys():
         raise SettingError(
             f"ratio ({given['ratio']}) and target ({given['target']}) are both given. Leave one of them out: ratio is "
-            "the share of the prunable cost that goes, target is what is left of the whole model."
+            "the share of the prunable cost to remove, target a limit for the whole model."
         )
     for one, other in (("ratio", "target"), ("target", "ratio")):
         if one in given:

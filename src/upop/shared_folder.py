@@ -59,11 +59,9 @@ class SharedFolder:
         elif ours is None:
             holds = f"it holds {DESCRIBED[marker.kind]} of upop, not {DESCRIBED[self._kind]}"
         else:
-            holds = (
-                f"beside {DESCRIBED[self._kind]} of upop it holds files that upop did not write, or that were changed"
-            )
+            holds = f"it holds {DESCRIBED[self._kind]} of upop, and files that upop did not write, or that were changed"
         raise RunFolderError(
-            f"{self.path} is there already: {holds}: {shown(foreign)}. Nothing was changed. Give a new or an empty "
+            f"{self.path} already exists: {holds}: {shown(foreign)}. Nothing was changed. Give a new or an empty "
             "folder, or move these files away."
         )
 
@@ -84,7 +82,7 @@ class SharedFolder:
         if name not in ours:
             if os.path.lexists(path) and not self._is_recognised(name):
                 raise RunFolderError(
-                    f"{path} is there already, and upop did not write it. It is unchanged. Move it away."
+                    f"{path} already exists, and upop did not write it. It is unchanged. Move it away."
                 )
             self._write(ours | {name})
         return path

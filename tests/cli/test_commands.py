@@ -59,7 +59,7 @@ def test_settings_of_another_method_are_refused(
     assert "--interval 5" in text and "the method is upop" in text
     code, text = upop_command(*given, "--cost", "reference")
     assert code == 1
-    assert "it takes method: reference" in text
+    assert "set method: reference" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -169,7 +169,7 @@ def test_a_config_file_may_choose_the_method_of_a_published_run(tmp_path: Path) 
         assert (settings.method, settings.cost) == expected
     assert read_settings(kind, None, {}).method == "upop"
     file.write_text("correct: false")
-    with pytest.raises(SettingError, match=r"reference.*correct.* or take method: upop"):
+    with pytest.raises(SettingError, match=r"reference.*correct.* or set method: upop"):
         read_settings(kind, file, {}, published=True)
 
 

@@ -129,7 +129,7 @@ def test_a_file_of_others_is_replaced_only_if_that_is_meant(model: Path, tmp_pat
         path.write_text("image,caption\n")
         code, text = upop_command(*words)
         assert code == 1, text
-        assert f"{path} is there already: a file of 14 bytes, which begins 'image,caption" in text
+        assert f"{path} already exists: a file of 14 bytes, which begins 'image,caption" in text
         assert path.read_text() == "image,caption\n"
         assert upop_command(*words, "--overwrite")[0] == 0
         written = path.read_bytes()

@@ -110,7 +110,7 @@ def test_marks_of_images_in_questions(tmp_path: Path) -> None:
     assert ((ids == format.processor.image_token_id).sum(1) == 16).all()
     inside, before = (format.tokenizer.decode(row) for row in ids)
     assert inside.index("What is") < inside.index("<image>") and before.index("What is") > before.index("<image>")
-    with pytest.raises(DataError, match=r"line 1: the question has 2 marks <image>, and the row has 1 images"):
+    with pytest.raises(DataError, match=r"line 1: the question has 2 <image> marks, but the row has 1 images"):
         batched(format, read(tmp_path, {"question": "<image> <image> What?", **told}))
     with pytest.raises(DataError, match=r"line 1: a text contains <image>, the model's token for an image"):
         batched(format, read(tmp_path, {"question": "What is <image> of HTML?", "answer": "a mark"}))

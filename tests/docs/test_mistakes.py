@@ -92,7 +92,7 @@ def _() -> None:
     pruner.shrink(verify=IMAGES)
 
 
-@mistake("Freezing layers that are to be pruned")
+@mistake("Freezing layers that should be pruned")
 def _() -> None:
     model = tiny()
     for parameter in model.blocks[0].parameters():
@@ -112,12 +112,12 @@ def _() -> None:
     upop.Pruner(tiny(), ratio=50, steps=10)
 
 
-@mistake("Asking for more than can go")
+@mistake("Asking for more than can be removed")
 def _() -> None:
     upop.Pruner(tiny(), ratio=0.9, steps=10, round_to=64)
 
 
-@mistake("Aligning the published ranking")
+@mistake("Rounding the published ranking")
 def _() -> None:
     upop.Pruner(tiny(), ratio=0.5, steps=10, cost="reference", round_to=8)
 
@@ -156,7 +156,7 @@ def _() -> None:
         pruner.step()
 
 
-@mistake("Loading a class of one's own by name")
+@mistake("Loading your own class by name")
 def _() -> None:
     class Mine(nn.Module):
         def __init__(self) -> None:
@@ -245,7 +245,7 @@ def _() -> None:
     task.dataset(settings, "train")
 
 
-@mistake("Starting a run over one that has not ended")
+@mistake("Starting a run over an unfinished one")
 def _() -> None:
     task, settings = _task("nlvr")
     Path("run/checkpoints").mkdir(parents=True)
@@ -269,7 +269,7 @@ def _() -> None:
         samples[number]
 
 
-@mistake("Sharing weights out in one process")
+@mistake("Sharding weights in one process")
 def _() -> None:
     make_accelerator(read_settings(find_task("nlvr").settings, None, {"device": "cpu", "sharding": "fsdp"}))
 
@@ -300,7 +300,7 @@ def _() -> str:
     return said.getvalue().splitlines()[-1].partition("error: ")[2]
 
 
-@mistake("Leaving out what the teacher says")
+@mistake("Leaving out the distillation loss")
 def _() -> None:
     model = tiny()
     compression = upop.Compression(model, ratio=0.5, steps=100)

@@ -195,7 +195,7 @@ def test_it_says_when_nothing_could_be_corrected() -> None:
             pruner.skip()
         take(model, pruner, [sentences(4, seed=0)])
     (described,) = [each for each in caught if "correction" in str(each.message)]
-    assert str(described.message).startswith("The correction changed nothing: no layer that lost inputs could make up")
+    assert str(described.message).startswith("The correction changed nothing")
     assert "Search over more steps" in str(described.message)
     assert described.filename == __file__
     assert set(pruner.corrections.values()) == {1.0}

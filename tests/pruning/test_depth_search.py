@@ -91,7 +91,7 @@ def searched(model: nn.Module, inputs: Any, steps: int = 8, **given: Any) -> upo
 def test_a_search_empties_branches_meets_its_budget_and_what_is_cut_is_what_was_masked() -> None:
     model, inputs = VIT.build(), VIT.inputs(2)
     groups, dense = upop.find_groups(model), upop.count_parameters(model)
-    with pytest.raises(SettingError, match=r"down to params=0\.\d+ if all of them do") as refused:
+    with pytest.raises(SettingError, match=r"down to params=0\.\d+ if all are pruned") as refused:
         upop.Pruner(model, steps=1, target="params=0.37")
     least = float(str(refused.value).split("down to params=")[1].split(" ")[0])
     plan = searched(model, inputs, target=f"params={least + 0.02}")  # shrink() compares the two in float64

@@ -66,7 +66,7 @@ def test_ratio_in_another_form_is_told_how_to_write_it(written: Any, advice: str
 def test_ratio_that_would_empty_groups(ratio: float) -> None:
     refused(
         SettingError,
-        [f"ratio={ratio}", "cannot be reached", "keeps at least one channel", "at most 0.9", "Ask for less"],
+        [f"ratio={ratio}", "cannot be reached", "keeps at least one channel", "at most 0.9", "Lower the ratio"],
         lambda: upop.Pruner(VIT.build(), ratio, 2),
     )
 
@@ -120,7 +120,7 @@ def test_include_and_exclude_choose_groups() -> None:
 def test_a_model_without_groups(call: Any) -> None:
     refused(
         LayoutError,
-        ["No prunable group", "Sequential", "It holds no attention or MLP"],
+        ["No prunable group", "Sequential", "no attention or MLP"],
         lambda: call(nn.Sequential(nn.ReLU())),
     )
 
@@ -138,7 +138,7 @@ def test_a_model_of_unknown_layout_says_what_was_looked_at() -> None:
     model = nn.Sequential(MyAttention())
     refused(
         LayoutError,
-        ["Looked at 2 places", "0.qkv: cumsum is taken over it", "Sequential"],
+        ["2 parts were skipped", "0.qkv: cumsum is taken over it", "Sequential"],
         lambda: upop.find_groups(model),
     )
 
@@ -235,13 +235,13 @@ def test_steps_at_the_wrong_moment() -> None:
     refused(StepError, ["All 2 search steps were taken", "shrink()"], pruner.step)
     refused(StepError, ["All 2 search steps were taken"], pruner.skip)
     pruner.shrink(verify=inputs)
-    refused(StepError, ["taken off already", "upop.shrink"], pruner.shrink)
+    refused(StepError, ["already removed", "upop.shrink"], pruner.shrink)
 
 
 def test_steps_after_the_masks_were_taken_off() -> None:
     pruner = upop.Pruner(VIT.build(), 0.5, 2)
     pruner.remove()
-    refused(StepError, ["taken off", "new Pruner"], pruner.step)
+    refused(StepError, ["masks were removed", "new Pruner"], pruner.step)
 
 
 def test_a_soft_search_cannot_be_cut_too_early() -> None:
@@ -261,7 +261,7 @@ def test_a_search_in_stages_can_be_cut_at_any_time() -> None:
     loss_of(model(**inputs)).backward()
     pruner.step()
     plan, masked = pruner.plan(), outputs_of(model, inputs)
-    with pytest.warns(UserWarning, match="after 1 of 2 steps: 25% of the cost is removed"):
+    with pytest.warns(UserWarning, match="after 1 of 2 steps: it removed 25% of the cost"):
         pruner.shrink(verify=inputs)
     assert difference(outputs_of(model, inputs), masked) < 1e-10
     assert 0.25 < sum(map(len, plan.values())) / sum(plan.sizes.values()) < 1
@@ -372,7 +372,7 @@ def test_a_failing_verification_of_ones_own_plan_undoes_all(case: Family) -> Non
 def test_verifying_on_nothing_is_no_proof() -> None:
     model = VIT.build()
     plan = uneven_plan(upop.find_groups(model))
-    with pytest.raises(VerificationError, match="nothing to compare"):
+    with pytest.raises(VerificationError, match="no floating-point tensor"):
         upop.shrink(model, plan, verify=lambda whole: {"count": 3})
     with pytest.raises(VerificationError, match=r"No output.*finite"):
         upop.shrink(model, plan, verify=lambda whole: whole(VIT.inputs()["x"] * float("nan")))

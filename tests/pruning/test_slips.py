@@ -40,7 +40,7 @@ MODELS: list[tuple[Any, str]] = [
     ("vit_tiny_patch16_224", r"the text 'vit_tiny_patch16_224'. Load the model first, with timm.create_model"),
     (timm.models.VisionTransformer, r"the class VisionTransformer. Give an instance: model = VisionTransformer\("),
     (VIT.build().state_dict(), r"If it is a state_dict, build the model"),
-    ((VIT.build(), None), r"a tuple of 2. Its channel 0 is a model"),
+    ((VIT.build(), None), r"a tuple of 2. Its element 0 is a model"),
     (Wrapper(), r"a Wrapper. Its \.model is a model: give that"),
     (None, "a NoneType"),
 ]
@@ -97,7 +97,7 @@ BATCHES: list[tuple[Any, str]] = [
     ({"x": images()}, r"a single dict.*\[batch\]"),
     ("train", "Give a DataLoader"),
     (None, r"None \(NoneType\)"),
-    (spent(), "there was none.*A generator that was gone through once is empty"),
+    (spent(), "there was none.*A generator that was already consumed is empty"),
     (iter([]), "there was none"),
     (itertools.repeat(labelled()[0]), r"more than 4096.*itertools.islice\(loader, 32\)"),
 ]

@@ -201,7 +201,7 @@ def test_bytes_are_those_of_the_precision_asked_for() -> None:
     [
         ({}, "Give either ratio=.* or target=.*neither"),
         ({"ratio": 0.5, "target": "params=0.5"}, "found ratio=0.5 and target='params=0.5'"),
-        ({"target": 0.5}, "target says what is left of the whole model"),
+        ({"target": 0.5}, "target limits the size of the whole model"),
         ({"target": {"parms": 0.5}}, "did you mean 'params'"),
         ({"target": {"params": 1.5}}, "cannot be read"),
         ({"target": "params=0"}, "cannot be read"),
@@ -210,7 +210,7 @@ def test_bytes_are_those_of_the_precision_asked_for() -> None:
         ({"target": "params=0.5,params=0.4"}, "twice"),
         ({"target": "params=100%"}, "cannot be read"),
         ({"target": "macs=0.5"}, "no example inputs were given"),
-        ({"target": "params=90M"}, "Nothing has to go"),
+        ({"target": "params=90M"}, "removes nothing"),
         ({"target": "params=0.5", "cost": "reference"}, "takes a ratio"),
         ({"target": "params=0.01"}, r"the model still has [\d,]+ of [\d,]+\. Ask for params=0\.\d+ or more\."),
         (
@@ -246,7 +246,7 @@ def test_what_is_told_as_the_least_can_be_asked_for() -> None:
 
 
 def test_a_cache_is_asked_of_a_model_that_has_one() -> None:
-    with pytest.raises(SettingError, match="gives none for the example"):
+    with pytest.raises(SettingError, match="returns no cache for the example"):
         upop.Pruner(VIT.build(), steps=1, target={"cache": 0.5}, example=tuple(VIT.inputs(2).values()))
 
 
@@ -265,5 +265,5 @@ def test_a_whole_number_of_bundles_may_be_asked_of_a_small_cache(uniform: Any) -
     for near in str(refused.value).split("Ask for cache=")[1].split(",")[0].split(" or "):
         assert cut(f"cache={near}") == pytest.approx(float(near), abs=1e-4)
     if uniform:
-        with pytest.raises(SettingError, match='What would go further: no uniform="tower"'):
+        with pytest.raises(SettingError, match='These allow more: no uniform="tower"'):
             cut("params=0.01")

@@ -119,7 +119,7 @@ def test_what_no_configuration_says_is_left_alone_and_named() -> None:
     torch.manual_seed(0)
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=20)
     model = BertModel(config)
-    with pytest.warns(UserWarning, match=r"leaves 2 of 4 groups alone, so that BertConfig can say"):
+    with pytest.warns(UserWarning, match=r"leaves 2 of 4 groups whole, which BertConfig cannot describe"):
         pruner = upop.Pruner(model, 0.5, 4, uniform="tower")
     assert {group.kind for group in pruner.groups} == {"mlp"}
     pruner.remove()

@@ -215,7 +215,7 @@ def test_groups_of_ones_own_class_are_read_with_the_first_batch() -> None:
     pruner = upop.Pruner(model, 0.4, 2, 1, correct=False)
     asked = (lambda: pruner.groups, lambda: pruner.costs, pruner.step, pruner.plan, pruner.shrink, pruner.state_dict)
     for needs in asked:
-        with pytest.raises(StepError, match=r"first batch .* has not been called .* example="):
+        with pytest.raises(StepError, match=r"first call .* not been called .* example="):
             needs()
     model(batch(), mask=torch.ones(WIDTH))
     assert {group.name for group in pruner.groups} == {"blocks.0", "blocks.1"}

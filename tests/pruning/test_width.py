@@ -296,7 +296,7 @@ class Lasting(nn.Module):
 @pytest.mark.parametrize(
     ("model", "inputs", "why"),
     [
-        (lambda: Block(Centred()), torch.randn(5, 6), "norm normalises over it, and does more than that"),
+        (lambda: Block(Centred()), torch.randn(5, 6), "norm normalises over it, but is not only a norm"),
         (lambda: Block(Lasting()), torch.randn(5, 6), "max is taken over it"),
         (lambda: transformers.BertModel(bert().config), TEXT, "it leaves the model"),
     ],
@@ -315,7 +315,7 @@ def test_a_stream_of_a_model_of_ones_own_is_cut() -> None:
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"ratio": 0.5, "width": True}, "Give what is left of the whole model: target"),
+        ({"ratio": 0.5, "width": True}, "Give a limit for the whole model: target"),
         ({"target": {"params": 0.5}, "width": True, "progress": "soft"}, "needs a search in stages"),
         ({"target": {"params": 0.5}, "width": 3}, "width is True"),
     ],

@@ -80,7 +80,7 @@ def test_a_model_that_was_not_timed_or_not_evaluated_shows_a_dash() -> None:
 def test_results_survive_the_disk_and_the_file_carries_the_gains(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("mine")
-    with pytest.raises(RunFolderError, match=r"results\.json is there already: a file of 4 bytes, which begins 'mine'"):
+    with pytest.raises(RunFolderError, match=r"results\.json already exists: a file of 4 bytes, which begins 'mine'"):
         results().write_json(path)
     assert path.read_text() == "mine"
     for overwrite in (True, False):  # then they are results, and ours

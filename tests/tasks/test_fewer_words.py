@@ -160,5 +160,5 @@ def test_a_task_without_words_refuses_it(tmp_path: Path) -> None:
     config = runs.make_task("classification", tmp_path)
     (tmp_path / "texts.txt").write_text("a red circle\n")
     more = {"vocabulary": tmp_path / "texts.txt", "output_dir": tmp_path / "out"}
-    with pytest.raises(SettingError, match="classification has no words"):
+    with pytest.raises(SettingError, match="classification has no text"):
         compress(find_task("classification"), read_settings(find_task("classification").settings, config, more))

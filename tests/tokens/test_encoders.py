@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rotary positions": (lambda: from_timm("eva02_tiny_patch14_224"), "positions of its tokens"),
     "words beside images": (
         lambda: transformers.ViltModel(transformers.ViltConfig(**VISION, vocab_size=99)),
-        "of images and of integers",
+        "from images together with integers",
     ),
     "windows": (
         lambda: timm.create_model(

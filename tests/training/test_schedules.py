@@ -95,5 +95,5 @@ def test_training_and_the_published_recipe_warm_up_only_where_they_are_told_to()
 def test_what_another_method_takes_is_refused(given: dict[str, Any]) -> None:
     settings(**given)
     for method in ("reference", "magnitude"):
-        with pytest.raises(ValueError, match=f"method: {method} has no use for {next(iter(given))}"):
+        with pytest.raises(ValueError, match=f"method: {method} does not use {next(iter(given))}"):
             settings(method=method, **given)

@@ -57,7 +57,7 @@ def read_model(source: str | Path | Checkpoint, task: str | None = None, **overr
 def write_model(model: nn.Module, target: str | Path, form: Form, *, overwrite: bool = False) -> Path:
     """Write one of upop's own models in one of the three forms.
 
-    Tensors for training only (momentum copies, queues, the temperature) are left out of the transformers form, whose
+    Tensors for training only (momentum encoders, queues, the temperature) are left out of the transformers form, whose
     class is verified to compute the same outputs.
 
     Args:

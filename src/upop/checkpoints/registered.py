@@ -1,4 +1,4 @@
-"""Imported once transformers is: from then on it reloads compressed models by itself."""
+"""Imported once transformers is: from then on it loads compressed models itself."""
 
 from upop.checkpoints.saving.quantizer import register
 

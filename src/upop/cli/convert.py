@@ -49,7 +49,7 @@ def convert(
 ) -> None:
     """Convert a BLIP, CLIP, DeiT or Segmenter model, dense or compressed, to another format.
 
-    The outputs stay the same. With `--vocabulary`, a model of BLIP or transformers loses the words that a task never
+    The outputs stay the same. With `--vocabulary`, a model of BLIP or transformers drops the words that a task never
     uses, and is written with its smaller tokenizer.
 
     The shapes in a published file do not determine numbers of heads, and MLP widths before pruning: if they are not the

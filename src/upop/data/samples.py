@@ -1,4 +1,4 @@
-"""Shared by the annotation readers: samples with validated fields, and checks of images.
+"""Shared by the annotation parsers: samples with validated fields, and checks of images.
 
 All samples are validated before any long work. Errors name the file, the sample (counted from 0, as in a JSON list),
 the field, the value found, and what to do.

@@ -92,7 +92,7 @@ def read_turns(value: Any, images: Sequence[Any]) -> tuple[tuple[Turn, ...], tup
         placed[before:before] = [None] * len(images)
         marks = len(images)
     if marks != len(images):
-        raise ValueError(f"has {marks} marks <image>, and the row has {len(images)} images")
+        raise ValueError(f"has {marks} <image> marks, but the row has {len(images)} images")
     return tuple(turns), tuple(next(own) if each is None else each for each in placed)
 
 

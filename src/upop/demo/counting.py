@@ -68,7 +68,7 @@ class MoreIn(Claim):
     fewer: bool = False
 
     def truth(self, pair: Pair) -> bool | None:
-        """Whether it does. None when neither image shows any."""
+        """Whether the statement holds; None if neither image shows any."""
         here, there = pair.side(self.side).count(self.noun), pair.side(other(self.side)).count(self.noun)
         if not here + there:
             return None

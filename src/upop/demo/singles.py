@@ -14,7 +14,7 @@ from upop.demo.scenes import GRID, Scene
 
 
 def split_of(scene: Scene, seed: int, shares: Mapping[str, float]) -> str:
-    """Return the split of a scene; `shares` has the share of each split, 1 in all."""
+    """Return the split of a scene; `shares` has the share of each split; they sum to 1."""
     content = scene.content
     mirrored = tuple(
         sorted((kind, colour, size, row, GRID - 1 - column) for kind, colour, size, row, column in content)

@@ -1,4 +1,4 @@
-"""Cross tokens for BLIP: image and text lead each other's way through the layers, as CrossGET has it for CLIP.
+"""Cross tokens for BLIP: image and text guide each other's merging, as in CrossGET for CLIP.
 
 No published code has CrossGET for BLIP. What CLIP and LLaVA have is carried over: in the image encoder a copy of the
 class token goes along behind the others, becomes the class token plus a learned offset before every layer, leads the

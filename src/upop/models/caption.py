@@ -39,7 +39,7 @@ class BlipCaption(nn.Module):
 
     @property
     def begin(self) -> int:
-        """The id of [DEC], the first token of every text and the last word but one of the vocabulary."""
+        """The id of [DEC], the first token of every text and the second-to-last token of the vocabulary."""
         return self.config.vocab_size - 2
 
     @property

@@ -135,7 +135,7 @@ class MomentumContrast(nn.Module, ModelTraits):
     def add_queues(self, width: int, size: int) -> None:
         """Register `image_queue` and `text_queue`, [width, size], `idx_queue`, [1, size], and `ptr_queue`, [1].
 
-        They start with random unit vectors that are no positives of any image.
+        They start with random unit vectors that are positives of no image.
         """
         for name, value in fresh_queues(width, size).items():
             self.register_buffer(name, value)

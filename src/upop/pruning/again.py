@@ -171,7 +171,7 @@ class AsWritten:
 
     Args:
         model: with its known wrappers.
-        wrappers: all that `torch.compile` made of modules, wherever they are.
+        wrappers: all wrappers of modules by `torch.compile`.
     """
 
     def __init__(self, model: nn.Module, wrappers: Iterable[nn.Module]) -> None:

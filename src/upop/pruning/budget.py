@@ -113,7 +113,7 @@ class Ranking:
         lengths: per bundle, the number of channels of each group in each block.
         means: the mean score of every block, bundle by bundle, then of the groups that are pruned whole.
         walk: indices into `means`, in pruning order.
-        whole: names of groups that are pruned whole and together, besides the blocks of the bundles.
+        whole: names of groups that are pruned whole and together, in addition to the blocks of the bundles.
     """
 
     groups: Sequence[Group]
@@ -323,8 +323,8 @@ def check_reachable(
         wider = [*(["a smaller round_to"] if largest > 1 else []), *wider]
         raise SettingError(
             f"ratio={ratio} cannot be reached: every one of the {len(groups)} groups keeps at least one {block}{stay}, "
-            f"so at most {math.floor(removable / total * 1e4) / 1e4} of the cost can go. "
-            f"Ask for less{', or for ' if wider else ''}{', or '.join(wider)}."
+            f"so at most {math.floor(removable / total * 1e4) / 1e4} of the cost can be removed. "
+            f"Lower the ratio{', or use ' if wider else ''}{', or '.join(wider)}."
         )
 
 

@@ -153,7 +153,7 @@ def calibrate(
     check_correct(correct)
     if ridge is not None and not ridge > 0:
         raise SettingError(
-            f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
+            f"ridge must be above 0, or the weights are not determined; found {ridge!r}. By default it is chosen."
         )
     scorer = scoring(importance)
     kept_call = first_call(model, batches[0], loss)
@@ -241,7 +241,7 @@ def check_budget(
         example: inputs for one forward pass.
         uniform: "tower" or None.
         depth: whether branches may be pruned.
-        width: whether residual streams may lose channels.
+        width: whether channels of residual streams are pruned.
 
     Raises:
         SettingError: a setting is out of range, or the ratio or the target cannot be reached.
@@ -414,7 +414,7 @@ class _Observing:
             self._model.zero_grad()
             found = rows.of(partial(self._run, batch, moments))
             if not found:
-                raise StepError("The loss gave no gradient to any weight that could go. Is it of this model?")
+                raise StepError("The loss gave no gradient to any prunable weight. Does it use this model?")
             for group in groups:
                 parts = [(part, (part.tensor, part.dim)) for part in group.scored]
                 given = [part.reduce(found[place]) for part, place in parts if place in found]

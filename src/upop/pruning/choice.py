@@ -28,15 +28,15 @@ def chosen(
     (`depth`).
 
     Raises:
-        SettingError: a pattern matches nothing, or nothing is left.
+        SettingError: a pattern matches nothing, or no group remains.
     """
     groups = [
         group for group in groups if group.size > (not depth)
     ]  # nothing of the others can go: no part of a budget
     if not groups:
         raise SettingError(
-            "Every group of the model has one channel alone (one group of heads that share keys and values), and each "
-            "keeps its last one, so nothing can go."
+            "Every group of the model has only one channel (one group of heads that share keys and values), and the "
+            "last channel of a group cannot be pruned."
         )
     names = [group.name for group in groups]
     keep = set(_matches(names, include, "include")) if include is not None else set(names)
@@ -82,9 +82,9 @@ def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
             frozen.append(group.name)
     if frozen:
         raise LayoutError(
-            f"{len(frozen)} groups have frozen weights, which training would not repair after a cut "
-            f"({some_of(frozen)}). Set requires_grad on them, give them adapters, exclude them, or cut without "
-            "training, upop.calibrate(model, batches, ...)."
+            f"{len(frozen)} groups have frozen weights, which training cannot repair after a cut "
+            f"({some_of(frozen)}). Set requires_grad on them, give them adapters, exclude them, or prune without "
+            "training: upop.calibrate(model, batches, ...)."
         )
     refuse_half_scored(model, groups)
 
@@ -100,9 +100,9 @@ def refuse_half_scored(model: nn.Module, groups: list[Group]) -> None:
     if frozen:
         raise LayoutError(
             f"{len(set(frozen))} groups have frozen weights beside trained ones "
-            f"({some_of(list(dict.fromkeys(frozen)))}), and fully_shard shares them out: by adapters alone their "
-            "channels would be ranked by noise. Set requires_grad on them, keep the model whole in each process "
-            "(DistributedDataParallel), or prune it first, upop.calibrate(model, batches, ...)."
+            f"({some_of(list(dict.fromkeys(frozen)))}), and fully_shard shards them: the adapters alone would rank "
+            "their channels by noise. Set requires_grad on them, keep the model whole in each process "
+            "(DistributedDataParallel), or prune it first: upop.calibrate(model, batches, ...)."
         )
 
 

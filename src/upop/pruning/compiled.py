@@ -14,7 +14,7 @@ _EVAL_FRAME = "torch._dynamo.eval_frame"
 
 
 def all_compiled() -> tuple[list[nn.Module], bool]:
-    """Return all that `torch.compile` made of modules, and whether any compiled function is alive that may run a model.
+    """Return all wrappers of modules by `torch.compile`, and whether a live compiled function may run a model.
 
     Everything that lives is looked through for both at once, which takes a tenth of a second or more, unless torch
     knows of no code that it should compile.

@@ -3,7 +3,7 @@
 Kept channels partly carry what a pruned channel contributed to its consumer. The second moments of the consumer's
 inputs give the change of its weights that minimises the squared error of its outputs, without any gradient. The
 strength of the ridge is chosen layer by layer by cross-validation between two parts of the samples; a layer whose
-correction does not help on samples that it was not fitted on stays as it is.
+correction does not help on samples that it was not fitted on is left unchanged.
 """
 
 from __future__ import annotations

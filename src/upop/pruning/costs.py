@@ -105,7 +105,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 Training = Literal["itself", "parts"]
-"""What of a model is in training mode where it does not run otherwise: itself alone, or all but the layers of torch."""
+"""The part of a model that is in training mode if it runs only so: the model itself, or all but torch's layers."""
 _IN_TRAINING = "upop_in_training"
 """The attribute of a model, and of its copies, that says so."""
 
@@ -113,8 +113,8 @@ _IN_TRAINING = "upop_in_training"
 def evaluated(model: nn.Module) -> nn.Module:
     """Put a model into evaluation mode; return it.
 
-    If it is known to run in training mode alone, only that stays so which needs it: no layer of torch drops
-    anything, or takes statistics of a batch.
+    A model that is known to run only in training mode keeps that mode where it needs it; torch's layers neither apply
+    dropout nor use batch statistics.
     """
     model.eval()
     way: Training | None = getattr(model, _IN_TRAINING, None)
@@ -283,7 +283,7 @@ def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> d
             pairs = sum(query.tokens * key.keys for query, key in zip(seen[0], keys, strict=False))
         costs[group.name] = linear / group.size + 2 * group.width * pairs
         if not costs[group.name]:
-            raise SettingError(f"Group {group.name} was not run by the example inputs. Exclude it, or give others.")
+            raise SettingError(f"The example inputs do not run group {group.name}. Exclude it, or give other inputs.")
     return costs
 
 

@@ -153,8 +153,8 @@ def cache_of(model: nn.Module, groups: Sequence[Group], example: Any) -> Quantit
     found = _learnt(model, groups, example, _cached, "bytes of the cache")
     if not found.whole:
         raise SettingError(
-            f"A target for the cache was given, and {type(model).__name__} gives none for the example. "
-            "Give example= the keyword arguments of a call of a decoder, as in example={'input_ids': ...}."
+            f"A target for the cache was given, and {type(model).__name__} returns no cache for the example. "
+            "Give the keyword arguments of a decoder's call: example={'input_ids': ...}."
         )
     return found
 
@@ -255,8 +255,8 @@ def _learnt(
         quantity = _confirmed(groups, run, 0) or _confirmed(groups, run, 1)
     if quantity is None:
         raise LayoutError(
-            f"The {what} of {type(model).__name__} cannot be told before it is cut: its forward goes on otherwise "
-            "where layers are smaller. Give a target in params, or a ratio with cost='flops'."
+            f"The {what} of {type(model).__name__} cannot be predicted: its forward pass takes another path when "
+            "layers are smaller. Give a target in params, or a ratio with cost='flops'."
         )
     return quantity
 

@@ -45,9 +45,7 @@ def older_names(module: str) -> Callable[[str], Any]:
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     """Warn of an old name."""
-    warnings.warn(
-        f"{old} is called {new} now; the old name goes with the next release.", DeprecationWarning, stacklevel
-    )
+    warnings.warn(f"{old} is now called {new}; the next release removes the old name.", DeprecationWarning, stacklevel)
 
 
 def outside_upop() -> int:

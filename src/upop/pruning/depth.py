@@ -84,7 +84,7 @@ def check_depth(depth: object, progress: str = "stages") -> bool:
         SettingError: it is not a bool, or the search is soft, which standardises kinds of groups separately.
     """
     if not isinstance(depth, bool):
-        raise SettingError(f"depth is True (whole branches and layers may go) or False; found {depth!r}.")
+        raise SettingError(f"depth is True (prune whole branches and layers) or False; found {depth!r}.")
     if depth and progress == "soft":
         raise SettingError(
             'depth=True needs a search in stages: a "soft" search ranks attention and MLPs separately, which leaves no '
@@ -220,7 +220,7 @@ def removable(model: nn.Module, groups: Sequence[Group], examples: Iterable[Any]
         break
     if shapes is None:
         raise SettingError(
-            "depth=True needs inputs, to see whether the model runs without a branch, and upop knows none for "
+            "depth=True needs inputs, to check that the model runs without a branch, and none could be generated for "
             f"{type(model).__name__}. Pass example=... (a tensor, a tuple of arguments, or a mapping)."
         )
     copied, world = shapes.copy(), shapes

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return a copy whose stored functions (hooks, lambdas) refer to the copy, with closures of their own.
+    """Return a copy whose stored functions (hooks, lambdas) refer to the copy, with their own closures.
 
     `copy.deepcopy` does not copy functions: those of the copy would run layers of the original.
 

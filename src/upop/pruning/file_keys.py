@@ -1,6 +1,6 @@
 """Keys of JSON files. Version 1 said `units`, `entries` and `entry`; version 2 says groups, channels and channel.
 
-Every reader passes the content of a file through `current` first, so that the rest of upop knows today's keys alone.
+Every reader passes the content of a file through `current` first, so that the rest of upop knows only today's keys.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Bound:
         limit: as requested.
         quantity: the count that it limits.
         most: the largest allowed count of the whole model.
-        dense: the count before anything went, with what the model lost before the search.
+        dense: the count before any pruning, also that before the search.
     """
 
     limit: Limit
@@ -77,8 +77,8 @@ class Goal:
         if (ratio is None) == (target is None):
             described = "neither of them was given" if ratio is None else f"found ratio={ratio!r} and target={target!r}"
             raise SettingError(
-                f"Give either ratio=, the share of the prunable cost that goes, or target=, what is left of the whole "
-                f"model, as in target={{'params': 0.5}}; {described}."
+                "Give either ratio=, the share of the prunable cost to remove, or target=, limits for the whole "
+                f"model, such as target={{'params': 0.5}}; {described}."
             )
         self.ratio = None if ratio is None else check_ratio(ratio)
         self.limits = () if target is None else read_target(target)
@@ -121,7 +121,7 @@ class Goal:
             branches: names of groups that may be pruned whole, together.
 
         Raises:
-            SettingError: the goal cannot be reached; the message says how far it can go, and what would allow more.
+            SettingError: the goal cannot be reached; the message has the possible reduction, and what allows more.
             LayoutError: the count cannot be predicted before the cut.
         """
         self._whole = sum(costs[group.name] * group.size for group in groups)
@@ -143,7 +143,7 @@ class Goal:
                 + f" {bound.limit.words}"
                 for bound in self._bounds
             )
-            raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
+            raise SettingError(f"{self} removes nothing: the model has {have}. Give a smaller target.")
         self.asked_share = max(reach.check(bound) for bound in self._bounds)
         self._depth = self._priced(groups, costs, branches)
 
@@ -334,13 +334,13 @@ class _Reach:
             most = ""
             if bound is not None:
                 least = bound.quantity.at({group.name: 0 for group in self.groups})
-                most = f", down to {bound.limit.kind}={_share(least, bound.dense):g} if all of them do"
-            found.append(f"depth=True (whole branches may go{most})")
+                most = f", down to {bound.limit.kind}={_share(least, bound.dense):g} if all are pruned"
+            found.append(f"depth=True (prunes whole branches{most})")
         if bound is not None and bound.limit.kind != "latency" and not streams_among(self.groups):
-            found.append("width=True (residual streams may lose channels)")
+            found.append("width=True (prunes channels of the residual stream)")
         if bound is not None and bound.limit.kind == "params" and self.words >= _TOLERANCE:
             found.append(f"upop.reduce_vocabulary (embeddings have {self.words:.0%} of the parameters)")
-        return [*found, "more groups, where include= or exclude= leaves some out"]
+        return [*found, "more groups (include=, exclude=)"]
 
     def check(self, bound: Bound) -> float:
         """Return a limit as a share of the largest possible reduction, in [0, 1]; raise if it cannot be met closely."""
@@ -362,7 +362,7 @@ class _Reach:
                 f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with {left} "
                 f"left in each of the {len(self.groups)} groups the model still has {_number(floor)} of "
                 f"{_number(bound.dense)}. Ask for {limit.kind}={_share(floor, bound.dense):g} or more. "
-                f"What would go further: {', or '.join(self.wider(bound))}. "
+                f"These allow more: {', '.join(self.wider(bound))}. "
                 + (
                     ""
                     if streams_among(self.groups)
@@ -388,7 +388,7 @@ class _Reach:
         above = min((each for each in counts if bound.most < each < dense), default=-math.inf)
         near = " or ".join(f"{_share(each, bound.dense):g}" for each in (below, above) if each > 0)
         raise SettingError(
-            f"target {limit} cannot be reached within 1 %: the smallest part that can go, {channels} "
+            f"target {limit} cannot be reached within 1 %: the smallest possible cut, {channels} "
             f"channel{'' if channels == 1 else 's'} of {'every group of a tower' if self.towers else 'a group'}, has "
             f"{100 * smallest / dense:.1f} % of the {words}. "
             + (f"Ask for {limit.kind}={near}, or give" if near else "Give")

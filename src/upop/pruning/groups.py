@@ -88,7 +88,7 @@ class Slice:
             return torch.cat(parts)
 
     def index(self, kept: Tensor, size: int) -> Tensor:
-        """Return the positions along `dim` that stay with the `kept` channels (int64, ascending per group)."""
+        """Return the positions along `dim` of the `kept` channels (int64, ascending per group)."""
         gaps, kept = self.gaps or (0,) * (self.outer + 1), kept.unique()
         whole = partial(torch.arange, device=kept.device)
         start, parts = gaps[0], [whole(gaps[0])]
@@ -185,7 +185,7 @@ class Group:
         channel: what one channel is: a "dimension" of every head, a whole "head", a key-value "group" of heads with all
             queries that share it, a "neuron" of an MLP, or a "channel" of a residual stream.
         proved: whether masking and cutting it were compared on numbers, and agree (see `find_prunable`).
-        norms: the modules that normalise over a residual stream: masked, they compute over the channels that stay.
+        norms: the modules that normalise over a residual stream: masked, they compute over the kept channels.
     """
 
     name: str
@@ -232,7 +232,7 @@ class Group:
 
     @property
     def scored(self) -> tuple[Slice, ...]:
-        """The slices whose gradients tell the importance of channels: the producers, or what reads a residual stream.
+        """The slices whose gradients give the importance: the producers, or the consumers of a residual stream.
 
         A channel of a stream leaves it where weights sum over it: the derivative of the loss to a mask on all that they
         read is the first-order change of the loss without the channel. Masks on what writes it would count it again at
@@ -268,7 +268,7 @@ Swapped = Callable[[type[nn.Module]], type[nn.Module]]
 
 @dataclass(frozen=True)
 class Skipped:
-    """A part of a model that looks prunable but is left alone, and why."""
+    """A part of a model that looks prunable but is skipped, and why."""
 
     name: str
     reason: str

@@ -103,10 +103,10 @@ class Profile:
             found = cls(float(content["dense_ms"]), layers, dict(content["about"]))
             wrong = [each for each in layers if not _is_table(each)]
             if wrong or not 0 < found.dense < float("inf"):
-                raise ValueError("sizes that do not rise to the whole size, or times that do not fall")
+                raise ValueError("sizes that do not increase to the full size, or times that do not decrease")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SettingError(
-                f"This is no profile as `upop profile` writes it: {error!r}. Measure the model again."
+                f"This is not a profile of `upop profile`: {error!r}. Profile the model again."
             ) from error
         return found
 
@@ -130,7 +130,7 @@ class Latency:
         whole: milliseconds of the dense model.
 
     Raises:
-        SettingError: the profile is of another model, or residual streams may lose channels, which it does not know.
+        SettingError: the profile is of another model, or residual streams are pruned, which it does not cover.
     """
 
     def __init__(self, profile: Profile, groups: Sequence[Group]) -> None:
@@ -138,16 +138,16 @@ class Latency:
         streams = [group.name for group in groups if group.kind == "residual"]
         if streams:
             raise SettingError(
-                f"A target in milliseconds was given with width=True, and a profile does not say what channels of "
-                f"{streams[0]} take: all layers have them. Give params or macs as the target, or leave width out."
+                f"A target in milliseconds was given with width=True, but a profile times layers, and the channels of "
+                f"{streams[0]} belong to all of them. Give params or macs as the target, or leave width out."
             )
         strange = [
             group.name for group in groups if (each := self._layers.get(group.name)) is None or each.size < group.size
         ]
         if strange:
             raise SettingError(
-                f"The profile is of another model ({profile.about.get('model', 'unknown')}): it does not know "
-                f"{strange[0]}, or not at this size. Measure this one: upop profile MODEL."
+                f"The profile is of another model ({profile.about.get('model', 'unknown')}): it lacks "
+                f"{strange[0]}, or has it at another size. Profile this model: upop profile MODEL."
             )
         self.whole = profile.dense
 

@@ -346,8 +346,8 @@ class Moments:
                         each.run(model)
         except Exception as error:
             raise StepError(
-                f"The correction looks at {type(model).__name__} in evaluation mode, where its forward pass failed on "
-                f"the arguments that it was given in training ({type(error).__name__}: {error}). Give "
+                f"The correction runs {type(model).__name__} in evaluation mode, where its forward pass failed on "
+                f"the arguments from training ({type(error).__name__}: {error}). Set "
                 "Pruner(correct=False)."
             ) from error
         finally:

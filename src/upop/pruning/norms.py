@@ -1,4 +1,4 @@
-"""Masked norms of a residual stream: they normalise the channels that stay, as the cut norms will.
+"""Masked norms of a residual stream: they normalise the kept channels, as the cut norms will.
 
 A mean and a variance over all channels would count those that are masked. So a masked norm is what it is after the cut:
 its input, its parameters and the sizes that it keeps are those of the channels that stay, its own forward runs on them,
@@ -30,7 +30,7 @@ class MaskedNorm(Masked):
     """Mixed into the class of a norm while channels of the stream that it normalises are masked."""
 
     def forward(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Normalise the channels that stay, [..., size] -> [..., size]."""
+        """Normalise the kept channels, [..., size] -> [..., size]."""
         found: _Kept | None = getattr(self, _NORM)
         if found is None:
             whole: Tensor = super().forward(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -78,7 +78,7 @@ def masked_norm_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def set_norms(model: nn.Module, group: Group, kept: Tensor | None) -> None:
-    """Have the masked norms of a group normalise the channels that stay; all of them where it is None."""
+    """Make the masked norms of a group normalise the kept channels; all channels if None."""
     for path in group.norms:
         found = None
         if kept is not None:

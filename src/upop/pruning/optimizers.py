@@ -64,8 +64,8 @@ def cut_optimizer(optimizer: HasState, cuts: Mapping[Tensor, Slicing]) -> None:
         dropped += _cut_state(state, cuts)
     if dropped:
         warnings.warn(
-            f"{type(optimizer).__name__} keeps of {len(dropped)} weights what cannot be cut with them (of shapes "
-            f"{some_of(list(dict.fromkeys(dropped)), 3)}): it begins anew with these.",
+            f"The state that {type(optimizer).__name__} keeps for {len(dropped)} weights cannot be cut with them "
+            f"(shapes {some_of(list(dict.fromkeys(dropped)), 3)}), and is reset.",
             stacklevel=2,
         )
 

@@ -36,7 +36,7 @@ def find_groups(
         seen = "; ".join(f"{part.name}: {part.reason}" for part in found.skipped[:5])
         raise LayoutError(
             f"No prunable group found in {type(model).__name__}. "
-            + (f"Looked at {len(found.skipped)} places ({seen})." if seen else "It holds no attention or MLP.")
+            + (f"{len(found.skipped)} parts were skipped ({seen})." if seen else "It has no attention or MLP.")
         )
     return list(found.groups)
 

@@ -85,7 +85,7 @@ class Pruner(Searched):
             On the CPU (where 256 MiB are always allowed) the model runs again for every few layers. True holds the
             inputs of all layers at once, at most 2 n^2 numbers for n inputs.
         include: names or patterns (`fnmatch`) of the groups to prune; default all.
-        exclude: names or patterns of groups to leave alone.
+        exclude: names or patterns of groups to keep whole.
         example: inputs for one forward pass, for cost="flops", and to find the groups of a custom model
             (`find_prunable`). Without one, a custom model is traced when it is first called.
         groups: groups that you state yourself (`upop.GroupSpec`). They are proved like the others, and take precedence
@@ -94,8 +94,8 @@ class Pruner(Searched):
         uniform: "tower" makes all layers of a tower keep the same number of heads (or key-value groups) and neurons, if
             the model's configuration has numbers for them; which ones may differ by layer. The saved model is then an
             ordinary one of its library, and loads without upop.
-        width: True also prunes channels of the residual stream of each tower: all layers that write, normalise and read
-            it are cut alike. It needs a target.
+        width: True also prunes channels of the residual stream of each tower: all layers that
+            use it are cut alike. It needs a target.
         depth: True also prunes whole attentions and MLPs, by the importance of all their channels per cost; the last
             bias stays. With `uniform` it prunes whole layers, if the configuration counts them, and the other layers
             keep equally many channels.
@@ -296,7 +296,7 @@ class Pruner(Searched):
         plan = self.plan()
         refuse_unrecordable(self.model)
         if not self._attached:
-            raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
+            raise StepError("The masks were already removed; upop.shrink can still apply a plan.")
         if not self.finished:
             asked = str(self._goal) if self.ratio is None else f"{self.ratio:.0%}"
             warn_of_early_end(self._done, self.steps, self.current_ratio, asked)
@@ -462,7 +462,7 @@ class Pruner(Searched):
                 "Call shrink(), or give Pruner the true number of steps."
             )
         if not self._attached:
-            raise StepError("The masks were taken off; make a new Pruner to search again.")
+            raise StepError("The masks were removed; make a new Pruner to search again.")
 
     def _check_binary(self, what: str) -> None:
         self._refuse_unread()

@@ -96,7 +96,7 @@ class _Compared:
         elif len(given) != len(self._first) or any(
             _differ(old, new) for (old, version), new in zip(self._first, given, strict=True) if old._version == version
         ):
-            raise RuntimeError("A layer gives something else when it is run again on the same inputs.")
+            raise RuntimeError("A layer returns other outputs when it runs again on the same inputs.")
         return found
 
 

@@ -52,7 +52,7 @@ class Searched(ABC):
         scoring: how rows are scored.
         uniform: whether the layers of a tower keep equally many channels.
         depth: whether branches may be pruned whole.
-        width: whether residual streams may lose channels.
+        width: whether channels of residual streams are pruned.
     """
 
     def __init__(
@@ -160,9 +160,9 @@ class Searched(ABC):
     def _refuse_unread(self) -> None:
         if self._groups is None:
             raise StepError(
-                f"The groups of {type(self.model).__name__} are read with the first batch that it is given, and it has "
-                "not been called as a module since the Pruner was made: model(batch), not model.forward(batch) or a "
-                "part of it. Call it first, or give Pruner(..., example=...) what a call takes."
+                f"The groups of {type(self.model).__name__} are found at its first call after the Pruner was made, and "
+                "it has not been called as a module yet: model(batch), not model.forward(batch) or a "
+                "part of it. Call it first, or give the arguments of a call: Pruner(..., example=...)."
             )
 
     @property
@@ -216,8 +216,7 @@ class Searched(ABC):
         refuse_flattened(model)
         if any(misfit(model, group) for group in self.groups):
             raise LayoutError(
-                f"This {type(model).__name__} has other groups than the model that is searched. Give a copy of that "
-                f"one."
+                f"This {type(model).__name__} has other groups than the searched model. Give a copy of that model."
             )
         masks = None if model is self.model else Masks(model, self.groups)  # refused before the old one is let go
         know_as(model, self.model)

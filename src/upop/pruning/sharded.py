@@ -67,8 +67,8 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     if any(True for _ in sharded_modules(model)) or any(is_sharded_tensor(part) for part in model.parameters()):
         raise LayoutError(
             f"{what} needs the whole weights of a model, and those of this {type(model).__name__} are sharded over "
-            "processes by fully_shard. On all processes, make a plain copy, whole = upop.full_copy(model), and go on "
-            "with that; upop.Compression, pruner.shrink and upop.shrink take the sharded model itself."
+            "processes by fully_shard. Make a plain copy on all processes, whole = upop.full_copy(model), and continue "
+            "with it; upop.Compression, pruner.shrink and upop.shrink take the sharded model itself."
         )
 
 
@@ -79,7 +79,7 @@ def refuse_flattened(model: nn.Module) -> None:
         isinstance(module, sharding.FullyShardedDataParallel) for module in model.modules()
     ):
         raise LayoutError(
-            "FullyShardedDataParallel flattens weights, and then no row of them can be masked or scored. "
+            "FullyShardedDataParallel flattens weights, so their rows cannot be masked or scored. "
             "Use torch.distributed.fsdp.fully_shard (with Accelerate: fsdp_version=2)."
         )
 
@@ -124,8 +124,8 @@ def held_rows(
     along = [place for place, placement in enumerate(sharded.placements) if placement.is_shard()]
     if len(along) != 1:
         raise LayoutError(
-            f"A weight is placed as {sharded.placements} over its processes; scores can be taken from weights that "
-            "fully_shard shards along one dimension of its mesh. Do not combine it with tensor parallelism."
+            f"A weight has the placements {sharded.placements}; scores need weights that fully_shard "
+            "shards along one mesh dimension. Do not combine it with tensor parallelism."
         )
     placements = [Shard(dim) if place == along[0] else old for place, old in enumerate(sharded.placements)]
     parts = [

@@ -42,7 +42,7 @@ class Edit:
     new: Any
 
     def apply(self) -> Edit:
-        """Do it; return what takes it back."""
+        """Apply the edit; return one that reverts it."""
         old = number_of(self.module, self.name)
         set_number(self.module, self.name, self.new)
         return Edit(self.module, self.name, old)
@@ -63,7 +63,7 @@ class Exchange:
     gradient: Tensor | None
 
     def apply(self) -> Exchange:
-        """Do it; return what takes it back."""
+        """Apply the exchange; return one that reverts it."""
         parameter = self.parameter
         back = Exchange(parameter, parameter.data, parameter.grad)
         parameter.grad = None
@@ -215,7 +215,7 @@ def cut(
         groups: of the model.
         plan: their kept channels.
         fold: whether to rescale queries for a softmax scale that depends on the size.
-        anew: replace parameters by new objects, for copies that share them with other models.
+        anew: replace parameters with new objects, for copies that share them with other models.
         hold: False frees the old data of each parameter at once; the caller has a backup.
     """
     refuse_shared(model, groups)
@@ -346,14 +346,14 @@ def _masked_outputs(
             failure = failure or error
     if failure is None:
         raise VerificationError(
-            f"There is nothing to verify the cut of {type(model).__name__} on: no inputs of it were seen, and none can "
-            "be made. Give verify= what a call of it takes (a tensor, a tuple of arguments, a mapping of keyword "
-            "arguments, or a function that is given the model), or verify=False to cut it without proof."
+            f"The cut of {type(model).__name__} cannot be verified: no inputs were recorded, and none could be "
+            "generated. Give the arguments of a call as verify= (a tensor, a tuple of arguments, a mapping of keyword "
+            "arguments, or a function of the model), or skip the check with verify=False."
         )
     raise VerificationError(
-        f"The cut cannot be verified: {type(model).__name__} does not run on the inputs, before anything is cut "
-        f"({_described(failure)}). Give verify= what a call of it takes (a tensor, a tuple of arguments, a mapping of "
-        "keyword arguments, or a function that is given the model)."
+        f"The cut cannot be verified: {type(model).__name__} does not run on the inputs, even before the cut "
+        f"({_described(failure)}). Give the arguments of a call as verify= (a tensor, a tuple of arguments, a mapping "
+        "of keyword arguments, or a function of the model)."
     ) from failure
 
 
@@ -377,9 +377,9 @@ def _outputs_of_cut(model: nn.Module, inputs: Any) -> Outputs:
         return outputs_of(model, inputs)
     except Exception as error:
         raise VerificationError(
-            f"{type(model).__name__} runs with masks and not when it is cut ({_described(error)}). It was left as it "
-            f"was. "
-            "A part of it has a hard-coded size that was not found: exclude the group, and please report it."
+            f"{type(model).__name__} runs with masks, but not after the cut ({_described(error)}). The model was left "
+            "as it was. "
+            "It has a hard-coded size that was not found: exclude the group, and please report it."
         ) from error
 
 

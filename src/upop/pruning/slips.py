@@ -1,4 +1,4 @@
-"""Checks for common mistakes in a first call; errors say what was given, and what to write instead."""
+"""Checks for common mistakes in a first call; errors state what was given and what to write instead."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_model(model: object, what: str) -> None:
         )
     elif isinstance(model, tuple | list) and any(isinstance(part, nn.Module) for part in model):
         place = next(number for number, part in enumerate(model) if isinstance(part, nn.Module))
-        instead = f"a {type(model).__name__} of {len(model)}. Its channel {place} is a model: give that one."
+        instead = f"a {type(model).__name__} of {len(model)}. Its element {place} is a model: give that one."
     else:
         inner = next((name for name in ("model", "module") if isinstance(_held(model, name), nn.Module)), None)
         instead = f"a {type(model).__name__}" + (f". Its .{inner} is a model: give that." if inner else ".")
@@ -70,11 +70,11 @@ def listed(batches: object) -> list[Any]:
         more = "torch.utils.data.DataLoader(dataset, batch_size=32)" if loadable else "a DataLoader, or a list of them"
         found = f"{batches!r:.60} ({type(batches).__name__}). Give {more}."
     if found is not None:
-        raise SettingError(f"calibrate() learns from batches, one after the other, and was given {found}")
+        raise SettingError(f"calibrate() takes an iterable of batches, and was given {found}")
     kept = list(itertools.islice(batches, MOST_BATCHES + 1))  # type: ignore[call-overload]
     if not kept:
-        spent = " A generator that was gone through once is empty: make it anew." if _is_spent(batches) else ""
-        raise SettingError(f"calibrate() needs batches to learn from, and there was none. Give 8 to 64.{spent}")
+        spent = " A generator that was already consumed is empty: create it again." if _is_spent(batches) else ""
+        raise SettingError(f"calibrate() needs batches, and there was none. Give 8 to 64.{spent}")
     if len(kept) > MOST_BATCHES:
         raise SettingError(
             f"calibrate() keeps all batches in memory, and there are more than {MOST_BATCHES}. 8 to 64 are enough: "
@@ -95,7 +95,7 @@ def check_loss(loss: object, batches: list[Any]) -> None:
             raise SettingError(
                 f"A batch is two tensors, {tuple(one[0].shape)} and {tuple(one[1].shape)} of whole numbers, which look "
                 f"like inputs and labels; without a loss both would be arguments of the model. Give {_LOSS}, or "
-                "batches of inputs alone."
+                "batches of inputs only."
             )
         return
     if not callable(loss):
@@ -127,7 +127,7 @@ def _is_labels(inputs: object, labels: object) -> bool:
 def refuse_inference_mode(what: str) -> None:
     """Raise a `StepError` within `torch.inference_mode`, which has no gradients."""
     if torch.is_inference_mode_enabled():
-        raise StepError(f"{what} needs gradients, and torch.inference_mode is on. Call it outside of that.")
+        raise StepError(f"{what} needs gradients, and torch.inference_mode is on. Call it outside of inference mode.")
 
 
 def scalar(value: object) -> Tensor:
@@ -163,9 +163,9 @@ def tried(run: Callable[[], Any], what: str, batch: Any) -> Any:
         return run()
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise StepError(
-            f"{what} failed on a batch, {described(batch)} ({type(error).__name__}: {error}). A mapping is given as "
-            "keyword arguments of the model, a tuple or a list as its arguments, a tensor as the only one; for "
-            f"anything else give a loss that takes the batch apart: {_LOSS}."
+            f"{what} failed on a batch, {described(batch)} ({type(error).__name__}: {error}). A mapping is passed as "
+            "keyword arguments of the model, a tuple or a list as its arguments, a tensor as its only argument; for "
+            f"anything else give a loss that unpacks the batch: {_LOSS}."
         ) from error
 
 

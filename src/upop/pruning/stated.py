@@ -1,9 +1,9 @@
-"""Groups that a user states: which layers make an axis, which consume it, and what a channel is, by names and words.
+"""Groups that a user states: which layers produce an axis, which consume it, and what a channel is, by names and words.
 
     GroupSpec(MyAttention, rows={"qkv": "3 heads dim"}, columns={"proj": "heads dim"}, cut="dim", sizes={"heads": 12})
 
 says of every `MyAttention` that the rows of its layer `qkv` are 3 times `heads` times `dim`, the innermost last, that
-the columns of `proj` are `heads` times `dim`, and that `dim` can be cut. What is stated is proved like what is read.
+the columns of `proj` are `heads` times `dim`, and that `dim` can be cut. Stated groups are proved like traced ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROOT = " ** -0.5"
 class GroupSpec:
     """A prunable group that a user states, or one for every module of a class.
 
-    A pattern says what a dimension is made of, the outermost first: words and numbers that are multiplied, and
+    A pattern factors a dimension, outermost first: words and numbers that are multiplied, and
     ` + ` between what lies side by side ("heads dim + groups dim + groups dim"). What lacks the word `cut` stays.
     Names are those of layers below the module, whose weight and bias are meant, or of tensors; of a tensor with several
     dimensions the pattern has commas between them, and `_` where one does not matter ("experts, _, hidden").
@@ -45,7 +45,7 @@ class GroupSpec:
         sets: attribute of the module -> what it keeps of the axis, in the same words, to be set again: "dim",
             "heads dim"; a softmax scale as "dim ** -0.5".
         kind: "attention" or "mlp"; by default an attention where some pattern has more than one word.
-        channel: what a channel is; by default told by the patterns.
+        channel: what a channel is; by default inferred from the patterns.
     """
 
     at: type[nn.Module] | str
@@ -213,7 +213,7 @@ class _Reading:
         attributes = tuple(self._attribute(name, text, sizes) for name, text in spec.sets.items())
         size = sizes[spec.cut]
         if size < 2:
-            raise SettingError(f"{self._described}{spec.cut} has the size {size}, so that nothing of it can go.")
+            raise SettingError(f"{self._described}{spec.cut} has size {size}: nothing can be pruned.")
         parts = tuple(replace(part, power=0.0) for part in slices)
         name = self._path or every[0].tensor.rpartition(".")[0]
         group = Group(name, kind, modality, size, heads, parts, attributes, channel=channel, proved=True)
@@ -256,8 +256,8 @@ class _Reading:
             ) from None
         if len(dims) != len(shape):
             raise SettingError(
-                f"{self._described}{name} has the shape {tuple(shape)}, and {text!r} speaks of {len(dims)} dimensions. "
-                "Write a pattern for each, with commas between them, and _ where one does not matter."
+                f"{self._described}{name} has the shape {tuple(shape)}, and {text!r} describes {len(dims)} dimensions. "
+                "Write a pattern for each, separated by commas, and _ for a dimension that does not matter."
             )
         yield from (self._pattern(name, name, at, part) for at, part in enumerate(dims) if part.strip() != "_")
 
@@ -267,8 +267,8 @@ class _Reading:
         wrong = [word for term in terms for word in term if not (word.isidentifier() or (word.isdigit() and int(word)))]
         if wrong or not all(terms):
             raise SettingError(
-                f"{self._described}{text!r} is no pattern: words and numbers with blanks between them, and + between "
-                f"what lies side by side{f'; found {wrong[0]!r}' if wrong else ''}."
+                f"{self._described}{text!r} is not a pattern: words and numbers separated by blanks, and + between "
+                f"concatenated parts{f'; found {wrong[0]!r}' if wrong else ''}."
             )
         cut = self._spec.cut
         if any(term.count(cut) > 1 for term in terms):
@@ -284,9 +284,9 @@ class _Reading:
             if not known:
                 words = sorted(set().union(*(each.words for each in left)) - sizes.keys())
                 raise SettingError(
-                    f"{self._described}{left[0].tensor} has {left[0].length} for {left[0].text!r}, and the sizes of "
-                    f"{', '.join(words)} do not follow. Give sizes={{{words[0]!r}: a number, or the attribute that "
-                    "keeps it}."
+                    f"{self._described}{left[0].tensor} has {left[0].length} for {left[0].text!r}, which does not "
+                    f"determine the sizes of {', '.join(words)}. Give "
+                    f"sizes={{{words[0]!r}: a number, or the attribute that stores it}}."
                 )
             each = known[0]
             left.remove(each)
@@ -303,7 +303,7 @@ class _Reading:
             try:
                 value = number_of(self._module.get_submodule(path), name)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                raise SettingError(f"{self._described}it keeps nothing called {given!r}, which sizes names.") from None
+                raise SettingError(f"{self._described}it has no attribute {given!r}, which sizes names.") from None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SettingError(f"{self._described}{word} should be a whole number of at least 1; found {value!r}.")
         return value
@@ -361,7 +361,7 @@ class _Reading:
         try:
             held = number_of(self._model.get_submodule(module), leaf)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise SettingError(f"{self._described}it keeps nothing called {name!r}, which sets names.") from None
+            raise SettingError(f"{self._described}it has no attribute {name!r}, which sets names.") from None
         words = text.removesuffix(_ROOT).split()
         if words.count(self._spec.cut) != 1 or (text.endswith(_ROOT) and len(words) > 1):
             raise SettingError(
@@ -370,7 +370,7 @@ class _Reading:
             )
         unknown = [word for word in words if not word.isdigit() and word not in sizes]
         if unknown:
-            raise SettingError(f"{self._described}{unknown[0]!r} of sets is a word of no pattern.")
+            raise SettingError(f"{self._described}{unknown[0]!r} of sets is in no pattern.")
         factor = math.prod(_value(word, sizes) for word in words if word != self._spec.cut)
         found = Attribute(module, leaf, None if text.endswith(_ROOT) else factor)
         value = found.value(sizes[self._spec.cut])

@@ -94,14 +94,13 @@ def read_target(target: object) -> tuple[Limit, ...]:
         values = {name: value.strip() for name, (_, _, value) in zip(names, pairs, strict=True)}
     if not isinstance(values, Mapping) or not values:
         raise SettingError(
-            f"target says what is left of the whole model, as in target={{'params': 0.5}} or 'params=0.5,macs=2x'; "
+            f"target limits the size of the whole model: target={{'params': 0.5}} or 'params=0.5,macs=2x'; "
             f"found {target!r}."
         )
     for kind in values:
         if kind not in KINDS:
             raise SettingError(
-                f"target names {kind!r}, which is nothing that it counts{nearest(str(kind), KINDS)}. "
-                f"It takes {', '.join(KINDS)}."
+                f"target names an unknown quantity, {kind!r}{nearest(str(kind), KINDS)}. It takes {', '.join(KINDS)}."
             )
     return tuple(_limit(kind, values[kind]) for kind in KINDS if kind in values)
 
@@ -131,7 +130,7 @@ def _limit(kind: str, value: object) -> Limit:
         ):
             return Limit(kind, asked, amount=number * size, in_bytes=in_bytes, dtype=dtype)
     raise SettingError(
-        f"target {kind}={value!r} cannot be read. Give what is left of the whole model, as a share, a factor or a "
+        f"target {kind}={value!r} cannot be read. Give a limit for the whole model, as a share, a factor or a "
         f"number: {_EXAMPLES[kind]}."
     )
 
@@ -139,24 +138,24 @@ def _limit(kind: str, value: object) -> Limit:
 def quantity_of(
     limit: Limit, model: nn.Module, groups: Sequence[Group], example: Any, profile: Profile | None
 ) -> Quantity | Latency:
-    """Return what a limit speaks of, as a function of what groups keep.
+    """Return the quantity that a limit refers to, as a function of the kept channels.
 
     Raises:
         SettingError: it needs a forward pass or a profile, and there is none; or the model gives no cache.
-        LayoutError: it cannot be told before the model is cut.
+        LayoutError: it cannot be computed before the model is cut.
     """
     if limit.kind == "params":
         return parameters_of(model, groups, _bytes_in(limit.dtype) if limit.in_bytes else None)
     if limit.kind == "latency":
         if profile is None:
             raise SettingError(
-                f"target {limit} is of a machine, and no profile of it was given. Measure one, `upop profile MODEL "
+                f"target {limit} needs a profile of the machine, and none was given. Measure one, `upop profile MODEL "
                 "--out profile.json`, and give it: profile=upop.profiling.read_profile(...), or --set profile=FILE."
             )
         return Latency(profile, groups)
     if example is None:
         raise SettingError(
-            f"target {limit} is of one forward pass, and no example inputs were given. Pass example=... (a tensor, a "
+            f"target {limit} counts one forward pass, and no example inputs were given. Pass example=... (a tensor, a "
             "tuple of arguments, or a mapping of keyword arguments)."
         )
     return (multiply_adds_of if limit.kind == "macs" else cache_of)(model, groups, example)

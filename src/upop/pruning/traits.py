@@ -1,4 +1,4 @@
-"""What a model may say of itself that one call of it does not show: one protocol, and how its members are read."""
+"""What a model may declare because tracing one call does not show it: one protocol, and how its members are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upop.pruning.errors import LayoutError
 
 
 class ModelTraits(Protocol):
-    """Attributes that a model may have, each by itself; a model without any of them is read as it is.
+    """Optional attributes of a model, independent of each other.
 
     A model may have them by name alone, or derive from this class, which gives those it does not set:
 
@@ -54,7 +54,7 @@ def momentum_encoders(model: nn.Module) -> Mapping[str, str]:
     found = _trait(model, "momentum_encoders") or {}
     if not isinstance(found, Mapping):
         raise LayoutError(
-            f"{type(model).__name__}.momentum_encoders maps names to those of momentum encoders, as in "
+            f"{type(model).__name__}.momentum_encoders must map names to names of momentum encoders, such as "
             f"{{'encoder': 'slow_encoder'}}; found {found!r}."
         )
     return found

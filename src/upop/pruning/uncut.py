@@ -1,4 +1,4 @@
-"""Classes that replace those of modules once they are cut, each made of a mixin and the original one."""
+"""Classes that replace those of cut modules, each built from a mixin and the original class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Uncut:
-    """Base of the mixins. Modules are copied and pickled by what their class is made of: it cannot be imported.
+    """Base of the mixins. Modules are copied and pickled by the parts of their class, which cannot be imported.
 
     Attributes:
         uncut_class: the original class.

@@ -37,12 +37,12 @@ class Tower:
 
 @dataclass(frozen=True)
 class ConfigSizes:
-    """What the configuration of a model can say.
+    """The sizes that the configuration of a model can express.
 
     Attributes:
         towers: the groups whose sizes follow one number of it.
-        by: what people call the configuration.
-        layers: gives the layers that it can do without, as it counts them: path -> the names of the groups inside.
+        by: the configuration's usual name, for messages.
+        layers: returns the layers that it can leave out, by its own count: path -> names of the groups inside.
     """
 
     towers: tuple[Tower, ...]
@@ -55,7 +55,7 @@ _readers: list[Reader] = []
 
 
 def register(reader: Reader) -> None:
-    """Have a library say what its configurations can; it returns None for models that are not its own."""
+    """Register a function that returns a library's `ConfigSizes`, or None for models that are not its own."""
     if reader not in _readers:
         _readers.append(reader)
 
@@ -132,14 +132,14 @@ def to_keep_alike(
     *,
     depth: bool = False,
 ) -> tuple[list[Group], tuple[Tower, ...], Mapping[str, tuple[str, ...]]]:
-    """Return which of the chosen groups are searched, which of them keep equally many, and which may go as a layer.
+    """Return which chosen groups are searched, which keep equally many, and which can be pruned as a layer.
 
     Args:
         model: the dense model.
         groups: those that were chosen.
         uniform: None searches them all, each for itself.
         every: all groups of the model, the chosen ones among them.
-        depth: whether layers may go.
+        depth: whether layers may be pruned.
 
     Raises:
         SettingError: the model's configuration has no number for any of them; the message says what could be done.
@@ -178,10 +178,14 @@ def to_keep_alike(
             )
         )
     if lacking:
-        why = "one number of it goes for more layers than were chosen" if broken else "it has no number for their sizes"
+        why = (
+            "one of its numbers also sets layers that were not included"
+            if broken
+            else "it has no number for their sizes"
+        )
         warnings.warn(
-            f"uniform='tower' leaves {len(lacking)} of {len(groups)} groups alone, so that {config.by} can say what is "
-            f"kept: {why} ({some_of(lacking, 4)}). They are no part of the budget.",
+            f"uniform='tower' leaves {len(lacking)} of {len(groups)} groups whole, which {config.by} cannot describe: "
+            f"{why} ({some_of(lacking, 4)}). They are not part of the budget.",
             stacklevel=6,
         )
     return [group for group in groups if group.name in inside], towers, layers
@@ -198,7 +202,7 @@ def together(groups: Sequence[Group], towers: Sequence[Tower]) -> list[tuple[lis
 
 
 def removable_blocks(group: Group, round_to: RoundTo, tower: Tower | None = None) -> list[int]:
-    """Return how many channels of a group go together, first to go first, without those that always stay."""
+    """Return the sizes of a group's blocks in pruning order, without those that are always kept."""
     block = channels_in_block(group, round_to)
     whole, rest = divmod(group.size, block)
     if whole == 0:

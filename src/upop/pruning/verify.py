@@ -109,7 +109,7 @@ def compare(
         next(iter(rounding()), None)  # says so where two calls of the same model do not agree either
         raise VerificationError(
             f"The cut model does not compute what the masked one does: {off.place} differs by "
-            f"{off.size:.1e} of its largest element, and rounding explains {off.explained:.0e}. "
+            f"{off.size:.1e} of its largest element; rounding explains only {off.explained:.0e}. "
             "The model was left as it was. Exclude groups to find the one that is cut wrong, and please report it."
         )
 
@@ -192,22 +192,24 @@ def refuse_unlike(expected: Outputs, found: Outputs) -> None:
     """Raise a `VerificationError` if two lists of outputs cannot be compared elementwise."""
     if not any(value.numel() for _, value in expected):
         raise VerificationError(
-            "The model gave no floating-point tensor; nothing to compare. Give verify= inputs for which it returns "
+            "The model returned no floating-point tensor to compare. Give verify= inputs for which it returns "
             "tensors, or a function: verify=lambda model: model.part(inputs)."
         )
     if [place for place, _ in expected] != [place for place, _ in found]:
         raise VerificationError(
-            f"The model gave {len(expected)} output tensors with masks and {len(found)} without. "
+            f"The model returned {len(expected)} output tensors with masks and {len(found)} after the cut. "
             "The model was left as it was."
         )
     if not any(_is_finite(value) or bool(value.isfinite().any()) for _, value in expected):
         raise VerificationError(
-            "No output of the masked model is a finite number; nothing to compare. Give verify= inputs for which it "
-            "gives numbers."
+            "No output of the masked model is finite, so there is nothing to compare. Give verify= inputs for which "
+            "its outputs are finite."
         )
     for (place, masked), (_, shrunk) in zip(expected, found, strict=True):
         if masked.shape != shrunk.shape:
-            raise VerificationError(f"{place} has shape {tuple(masked.shape)} masked, {tuple(shrunk.shape)} shrunk.")
+            raise VerificationError(
+                f"{place} has shape {tuple(masked.shape)} with masks, {tuple(shrunk.shape)} after the cut."
+            )
         if _is_finite(masked) and _is_finite(shrunk):
             continue
         finite = masked.isfinite()
@@ -215,7 +217,7 @@ def refuse_unlike(expected: Outputs, found: Outputs) -> None:
             shrunk[finite].isfinite().all()
         ):
             raise VerificationError(
-                f"{place} is infinite or no number in other places when the model is cut. The model was left as it was."
+                f"{place} is infinite or NaN at other positions after the cut. The model was left as it was."
             )
 
 
@@ -246,8 +248,8 @@ def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:
             raise VerificationError(
                 f"Two calls of the model on the same inputs differ ({place} by "
                 f"{size / scale:.1e} of its largest element): it draws random numbers in evaluation mode that "
-                "torch.manual_seed does not fix, or keeps something between calls, so that no cut of it can be "
-                "verified. The model was left as it was. Give a function of what does not, as example= or verify=: "
+                "torch.manual_seed does not fix, or keeps state between calls, so a cut cannot be verified. The model "
+                "was left as it was. Give a function that calls a deterministic part, as example= or verify=: "
                 "lambda model: model.part(inputs)."
             )
 

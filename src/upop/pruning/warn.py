@@ -24,8 +24,7 @@ def warn_of_skipped(skipped: int, steps: int) -> None:
 def warn_of_early_end(done: int, steps: int, reached: float, asked: str) -> None:
     """Warn that a search is cut before its last step."""
     warnings.warn(
-        f"The search is cut after {done} of {steps} steps: {reached:.0%} of the cost is removed, and {asked} was "
-        "asked for.",
+        f"The search is cut after {done} of {steps} steps: it removed {reached:.0%} of the cost instead of {asked}.",
         stacklevel=5,
     )
 
@@ -50,8 +49,8 @@ def warn_of_none(corrected: Sequence[bool], advice: str, *, stacklevel: int) -> 
     """
     if corrected and not any(corrected):
         warnings.warn(
-            "The correction changed nothing: no layer that lost inputs could make up for it on samples that the change "
-            f"was not made from. {advice} The cut itself is not affected.",
+            "The correction changed nothing: on samples that it was not fitted on, it improved no consumer of pruned "
+            f"channels. {advice} The cut itself is not affected.",
             stacklevel=stacklevel,
         )
 
@@ -70,7 +69,7 @@ def warn_of_uncovered(model: nn.Module) -> None:
     warnings.warn(
         f"{100 * covered.of_blocks:.0f} % of the parameters in the blocks of this {type(model).__name__} are in "
         f"groups; the others stay whole ({len(covered.reasons)} weights, such as {first}: {reason}). "
-        "upop.find_prunable(model).coverage.reasons has every reason, and groups=[upop.GroupSpec(...)] states what you "
-        "know.",
+        "upop.find_prunable(model).coverage.reasons lists all reasons; groups=[upop.GroupSpec(...)] states groups "
+        "that you know.",
         stacklevel=6,
     )

@@ -18,7 +18,7 @@ _RESIDUAL = "residual"
 
 
 def check_width(width: object, target: object, progress: str = "stages") -> bool:
-    """Return whether the residual streams of towers may lose channels.
+    """Return whether the residual streams of towers are pruned.
 
     Raises:
         SettingError: it is neither True nor False, there is no target for the whole model, or a "soft" search is to do
@@ -26,12 +26,12 @@ def check_width(width: object, target: object, progress: str = "stages") -> bool
     """
     if not isinstance(width, bool):
         raise SettingError(
-            f"width is True (channels of the residual stream of each tower may go) or False; found {width!r}."
+            f"width is True (prune channels of the residual stream of each tower) or False; found {width!r}."
         )
     if width and target is None:
         raise SettingError(
             "width=True needs a target, not a ratio: a ratio sums the costs of all groups, and would count weights "
-            "twice that belong to the residual stream and to a head or a neuron. Give what is left of the whole model: "
+            "twice that belong to the residual stream and to a head or a neuron. Give a limit for the whole model: "
             "target={'params': 0.5}."
         )
     if width and progress == "soft":

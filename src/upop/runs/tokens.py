@@ -19,7 +19,7 @@ _SHARES = (0.0, 0.25, 0.5, 0.75)
 
 
 def merge_by_settings(model: nn.Module, settings: RunSettings) -> nn.Module:
-    """Turn on token merging as the settings say, in place; without `tokens` the model is unchanged.
+    """Turn on token merging by the settings, in place; without `tokens` the model is unchanged.
 
     Raises:
         LayoutError: the model cannot merge tokens.
@@ -80,7 +80,7 @@ def share_budget(
     notify: Callable[[str], None],
     **calibration: Any,
 ) -> dict[str, Any]:
-    """Turn on token merging before the weights are cut, and return the budget that is left for the weights.
+    """Turn on token merging before the weights are cut, and return the remaining budget for the weights.
 
     A target of multiply-adds refers to the model with all tokens. All processes call this together; the main one
     decides.

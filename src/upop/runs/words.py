@@ -39,7 +39,7 @@ class FewerWords:
     Attributes:
         folder: where it lies, with its tokenizer.
         lost: how many parameters it lost.
-        note: what went, in words.
+        note: what was removed, in words.
     """
 
     folder: str
@@ -52,7 +52,7 @@ class FewerWords:
         return settings.model_copy(update={"pretrained": self.folder, **named})
 
     def marked(self, model: nn.Module) -> nn.Module:
-        """Return the loaded model, for which a target of parameters counts as reached what went."""
+        """Return the loaded model, whose removed words count towards a target of parameters."""
         note_lost(model, self.lost, next(each for each in model.parameters() if each.is_floating_point()))
         return model
 
@@ -60,8 +60,8 @@ class FewerWords:
 def without_words(task: Task[Any], settings: RunSettings, folder: Path) -> FewerWords:
     """Write the model in `pretrained` without the words that are not in the file `vocabulary`.
 
-    The tokens of the first training sample are kept as well: those of a chat template or of a task's prompt are in no
-    text of a user.
+    The tokens of the first training sample are kept as well, since users' texts lack those of a chat template or a
+    task's prompt.
 
     Args:
         task: of the model.
@@ -75,13 +75,13 @@ def without_words(task: Task[Any], settings: RunSettings, folder: Path) -> Fewer
     assert settings.vocabulary is not None
     texts = read_vocabulary(settings.vocabulary)
     if not settings.pretrained:
-        raise SettingError("A vocabulary was given, and no model that could lose words. Set pretrained.")
+        raise SettingError("A vocabulary was given, but no model to reduce. Set pretrained.")
     source = local_path(settings.pretrained)
     settings = settings if task.model_prepares else resolved(task, settings, source)[0]
     model = task.load(source, settings)
     held = task.tokenizer(settings)
     if held is None:
-        raise SettingError(f"vocabulary={settings.vocabulary} was given, and {task.name} has no words. Leave it out.")
+        raise SettingError(f"vocabulary={settings.vocabulary} was given, but {task.name} has no text. Leave it out.")
     processor = copy.deepcopy(getattr(held, "library", held))
     data: Any = task.dataset(settings, "train")
     collate = task.collate(settings)

@@ -87,7 +87,7 @@ class BlipTask(PublishedTask[BlipSettingsT]):
         if settings.width and training and has_cross_tokens(model):
             raise SettingError(
                 f"{settings.pretrained} has cross tokens, which are as wide as the residual stream, and width=True "
-                "takes channels of that. Leave width out."
+                "would prune its channels. Leave width out."
             )
         if settings.cross is None or has_cross_tokens(model):
             return model, ()

@@ -246,7 +246,7 @@ class ChatTask(Task[ChatSettings]):
         return {"features": settings.distill_weight, "logits": settings.distill_logits}
 
     def optimizer(self, model: nn.Module, settings: ChatSettings) -> torch.optim.Optimizer:
-        """Return AdamW, with 8-bit state if the settings say so."""
+        """Return AdamW, with 8-bit state if set."""
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rate, decay = settings.init_lr, settings.weight_decay
         found: torch.optim.Optimizer = _optimizer_class(settings)(weights, lr=rate, weight_decay=decay)

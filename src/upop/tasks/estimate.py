@@ -1,6 +1,6 @@
 """Estimates the memory of pruning and recovery on one device, from a checkpoint's shapes and a batch of samples.
 
-No weights are loaded. The estimate is of the phase that needs most: finding the groups, which proves them on copies
+No weights are loaded. It estimates the phase that needs most: finding the groups, which proves them on copies
 with numbers; scoring and correction, or training; and the proof of the cut, on a copy in float64 of a model that is
 small enough. It counts weights, gradients, optimizer state, the teacher, activations, logits and these copies. On a CPU
 the process adds what it holds without the model, and the allocator keeps some of what was freed.

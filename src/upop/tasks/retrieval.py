@@ -47,7 +47,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
     config: ClassVar[type[BlipConfig]] = RetrievalConfig
 
     def sizes(self, settings: BlipRetrievalSettings) -> dict[str, Any]:
-        """Return the dense model's sizes that the settings determine, with the queue's."""
+        """Return the dense model's sizes that the settings determine, and the queue's."""
         return {"queue_size": settings.queue_size, **super().sizes(settings)}
 
     def start(self, path: Path, settings: BlipRetrievalSettings) -> tuple[nn.Module, Sequence[str]]:

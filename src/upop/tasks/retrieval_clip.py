@@ -48,7 +48,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
     config: ClassVar[type[ClipSizes]] = ClipConfig
 
     def sizes(self, settings: ClipRetrievalSettings) -> dict[str, Any]:
-        """Return the dense model's sizes that the settings determine, with the queue's."""
+        """Return the dense model's sizes that the settings determine, and the queue's."""
         return {"queue_size": settings.queue_size, **super().sizes(settings)}
 
     def build(self, settings: ClipRetrievalSettings) -> nn.Module:

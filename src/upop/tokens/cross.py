@@ -1,4 +1,4 @@
-"""Cross tokens that layers keep themselves, one each: what leads the matching, and learns from the other modality.
+"""Cross tokens that layers keep themselves, one each: they guide the matching, and learn from the other modality.
 
 A layer with such a parameter, [C], has what merges its tokens put one more token behind them (`Merger.enter`). Models
 that keep the cross tokens of a tower in one parameter (CLIP and LLaVA as published) hand them over themselves.

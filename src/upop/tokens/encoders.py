@@ -190,7 +190,7 @@ def _proved(model: nn.Module, example: Any, encoder: Encoder) -> Mergeable:
     modules = [each.call.module for each in encoder.layers]
     try:
         if encoder.inputs != {"pixels"}:
-            raise LayoutError("they are made of images and of integers (words, a mask, sizes of grids) together")
+            raise LayoutError("they are computed from images together with integers (words, a mask, grid sizes)")
         if len(set(modules)) < len(modules):
             raise LayoutError("several of its layers are one module")
         prefix = prefix_of(model, example, encoder)

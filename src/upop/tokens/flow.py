@@ -72,7 +72,7 @@ class Flow:
         return replace(self, layer=self.layer + 1, size=size, guide=guide, matches=(*self.matches, found))
 
     def masked(self, mask: Tensor, tokens: int) -> Tensor:
-        """Return an attention mask for the tokens that are left, [batch, heads, 1 or tokens, tokens].
+        """Return an attention mask for the remaining tokens, [batch, heads, 1 or tokens, tokens].
 
         Some models make one mask for all layers, [batch or 1, heads or 1, 1 or T, T], at least while they are exported.
         """

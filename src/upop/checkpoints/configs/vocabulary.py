@@ -338,8 +338,8 @@ def _words(model: nn.Module) -> nn.Embedding:
             found[id(words)] = words
     if len(found) != 1:
         raise LayoutError(
-            f"{type(model).__name__} has {'several word embeddings' if found else 'no word embeddings'}, and one is "
-            "what can lose words."
+            f"{type(model).__name__} has {'several word embeddings' if found else 'no word embeddings'}; a smaller "
+            "vocabulary needs exactly one."
         )
     return next(iter(found.values()))
 

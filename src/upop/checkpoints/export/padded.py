@@ -64,7 +64,7 @@ class Padded:
         return (self.dense - self.parameters) / (self.dense - self.cut) if self.dense > self.cut else 1.0
 
     def described(self) -> str:
-        """Return how much of the reduction is left, as a sentence."""
+        """Return how much of the reduction remains, as a sentence."""
         whole = f"; {len(self.whole)} groups have their dense size, since no configuration field sets it"
         return (
             f"{self.parameters:,} parameters; {self.cut:,} before the padding, {self.dense:,} when dense: "

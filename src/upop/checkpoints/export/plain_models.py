@@ -40,7 +40,7 @@ def write_plain(
     beside: Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write a cut model for use without upop, verified; return how much of the reduction is left, as a sentence.
+    """Write a cut model for use without upop, verified; return how much of the reduction remains, as a sentence.
 
     The folder holds the weights, `config.json` and a model card. It is written under another name and renamed; only a
     model folder of upop that holds nothing else is replaced.

@@ -46,17 +46,17 @@ def merge_as_saved(model: nn.Module, description: Description | None, folder: Pa
     try:
         return merge_again(model, description.tokens)
     except (LayoutError, SettingError) as error:
-        raise CheckpointError(f"{folder} holds a model that merged tokens, and this one cannot: {error}") from error
+        raise CheckpointError(f"{folder} holds a model that merges tokens, and this model cannot: {error}") from error
 
 
 def refuse_cross_tokens(model: nn.Module, form: str) -> None:
-    """Refuse a model led by cross tokens, for a form that has no place for them.
+    """Refuse a model with cross tokens, for a format that cannot hold them.
 
     Raises:
         CheckpointError: it has some.
     """
     if has_cross_tokens(model):
         raise CheckpointError(
-            f"{form} has no place for the cross tokens of this {type(model).__name__}, which lead the merging of its "
+            f"{form} cannot hold the cross tokens of this {type(model).__name__}, which guide the merging of its "
             "image tokens. Save it with upop.save, or export it to ONNX."
         )

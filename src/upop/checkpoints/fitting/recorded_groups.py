@@ -135,7 +135,7 @@ def _check_numbers(model: nn.Module, groups: Iterable[Group], folder: Path) -> N
                 raise CheckpointError(
                     f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {each.module}.{each.name} is "
                     f"{found}, and was {each.value(group.size)} when {group.name} was cut. Was the file damaged, or is "
-                    "the dense model another one?"
+                    "this another dense model?"
                 )
 
 

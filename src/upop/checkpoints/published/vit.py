@@ -29,14 +29,14 @@ def count_layers(state: State, pattern: str) -> int:
 
 
 def side(value: Any) -> Any:
-    """Return the side of a square, of which a file may say both sides; all else as it is."""
+    """Return the side of a square, if both sides are given and equal; anything else unchanged."""
     return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value
 
 
 def vit_sizes(state: State, prefix: str) -> dict[str, Any]:
     """Return the sizes of the dense vision transformer whose tensors begin with `prefix`, named as timm names them.
 
-    Numbers of heads and MLP widths, which shapes do not tell after compression, are those of the published models.
+    Numbers of heads and MLP widths, which shapes do not determine after compression, are those of the published models.
 
     Raises:
         KeyError: names a tensor that is missing.
@@ -74,7 +74,7 @@ def named_sizes(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def classifier_positions(state: State, config: ClassifierConfig) -> dict[str, Tensor]:
     """Resize the position embeddings to the image size of the configuration.
 
-    A head for another number of classes is left out, since it must be trained anew.
+    A head for another number of classes is left out, since it must be trained again.
     """
     state = {_LAYER_SCALE.sub(r"\1.ls\2.gamma", key): value for key, value in state.items()}
     if _POSITIONS in state and "patch_embed.proj.weight" in state:
@@ -88,7 +88,7 @@ def classifier_positions(state: State, config: ClassifierConfig) -> dict[str, Te
 
 
 def segmenter_sizes(state: State) -> dict[str, Any]:
-    """Return the fields of SegmenterConfig that a checkpoint's shapes tell; KeyError names a missing tensor."""
+    """Return the fields of SegmenterConfig that a checkpoint's shapes determine; KeyError names a missing tensor."""
     head = state.get("encoder.head.weight")
     config = {**vit_sizes(state, "encoder."), "encoder_classes": 0 if head is None else head.shape[0]}
     if "decoder.head.weight" in state:

@@ -85,7 +85,7 @@ def save(
             model, plan = fewer, plan_of(fewer)
             groups = groups_here(model, plan)
         elif fewer is not None:
-            warnings.warn(f"Layers of which nothing is left stay in the file: {fewer}.", stacklevel=2)
+            warnings.warn(f"Layers without channels stay in the file: {fewer}.", stacklevel=2)
     given, plan = plan, _still_true(plan, groups, model)
     kind = kind_of(model)
     _refuse_meta(model)

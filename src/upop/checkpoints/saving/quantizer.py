@@ -1,4 +1,4 @@
-"""Lets transformers load compressed models by itself: their configuration records how much every group keeps.
+"""Lets transformers load compressed models: their configuration records how much every group keeps.
 
 transformers lets a library register a `quant_method`, which reshapes a model before its weights are loaded. Upop's
 makes layers smaller and quantizes nothing. It is registered when upop is imported; from then on `from_pretrained` of

@@ -73,7 +73,7 @@ def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequ
         _check_block(trace, component)
     for first, second, *others in shared:
         if any(part.use.name in (first, second, *others) for part in component.parts):
-            raise NotCuttableError(f"{first} and {second} are one tensor; untie them, by a copy for one of them")
+            raise NotCuttableError(f"{first} and {second} are one tensor; untie them: give one of them a copy")
     slices = read_alike([slice_of(model, trace, component, part) for part in ordered(component)])
     loud = read_alike([slice_of(model, trace, component, part, loud=True) for part in ordered(component)])
     producers = component.producers
@@ -119,14 +119,14 @@ def _check_block(trace: Trace, component: Component) -> None:
     layers = [use for use in uses if sum(axis.size > 1 for axis in use.axes) > 1]  # the others are scales
     narrow = all(len(use.axes) == 2 or math.prod(axis.size for axis in use.axes) > size**2 for use in layers)
     if "bent" not in component.axis.marks and len(layers) == 2 and narrow:
-        raise NotCuttableError("it is a low-rank factor: nothing but a product lies between its two layers")
+        raise NotCuttableError("it is a low-rank factor: there is no activation between its two layers")
     inputs = _reached(trace, component.axis, "produces", "consumes")
     outputs = _reached(trace, component.axis, "consumes", "produces")
     shared = inputs & outputs
     width = sum(axis.size for axis in shared or inputs)
     alone = not any("residual" in leaf.marks for leaf in trace.carriers)
     if not shared and not alone and width != sum(axis.size for axis in outputs):
-        raise NotCuttableError("it is no block of a residual stream: what it reads is not what it adds to")
+        raise NotCuttableError("it is not a residual block: it does not add to what it reads")
     if size * _BOTTLENECK <= width:
         raise NotCuttableError(f"it is an adapter or a gate: {size} neurons for a width of {width}")
 
@@ -190,7 +190,7 @@ def slice_of(model: nn.Module, trace: Trace, component: Component, part: Part, *
         loud: whether what seems to gate alone is masked too.
 
     Raises:
-        NotCuttableError: its channels lie in no regular order.
+        NotCuttableError: its channels have no regular layout.
     """
     size = component.axis.size
     gaps, inners = _blocks(part.channels, size)
@@ -239,7 +239,7 @@ def _blocks(channels: Tensor, size: int) -> tuple[list[int], list[int]]:
             inner += 1
         expected = torch.arange(size).repeat_interleave(inner).tolist()
         if values[at : at + size * inner] != expected:
-            raise NotCuttableError("its channels lie in no regular order")
+            raise NotCuttableError("its channels have no regular layout")
         inners.append(inner)
         gaps.append(0)
         at += size * inner

@@ -87,7 +87,7 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
             return _copy(model, dict(tensors))
         except Exception as error:
             raise LayoutError(
-                f"{type(model).__name__} cannot be copied to try things on: {message_of(error)}."
+                f"{type(model).__name__} cannot be copied, which finding its groups needs: {message_of(error)}."
             ) from error
 
 
@@ -142,7 +142,7 @@ class Shapes:
 
     Args:
         model: the model to copy.
-        example: what a call of it is given.
+        example: the arguments of a call.
         numbers: whether to fall back to real numbers if the forward depends on them.
         training: whether to fall back to training mode if the forward does not run in evaluation mode.
         run: False skips the check that the forward runs without numbers.
@@ -173,8 +173,8 @@ class Shapes:
             error = None
         if error is not None:
             raise LayoutError(
-                f"{type(model).__name__} cannot be run with the example: {message_of(error)}. Give what a call of the "
-                "model takes: a tensor, a tuple of arguments, or a mapping of keywords."
+                f"{type(model).__name__} cannot be run with the example: {message_of(error)}. Give the arguments of a "
+                "call: a tensor, a tuple of arguments, or a mapping of keyword arguments."
             ) from error
 
     def _trains(self, faked: FakeTensorMode | None) -> bool:

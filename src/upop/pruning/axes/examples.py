@@ -1,6 +1,6 @@
 """Finds example inputs for a model, from its declared inputs or from the shapes of its layers.
 
-Any input that runs will do, since groups are proved on numbers, whatever these are. If one call does not reach all
+Any input that runs will do, since groups are proved numerically for any input. If one call does not reach all
 weights, further calls are added.
 """
 

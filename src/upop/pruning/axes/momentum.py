@@ -23,11 +23,11 @@ def with_momentum_encoders(
 
     A momentum encoder need not run in the forward. If it differs from its original in the weights alone, the proof
     covers it, since groups are proved for any weights. Otherwise it runs in place of its original, with its own
-    numbers; if masked and cut outputs differ there, the group is left alone.
+    numbers; if masked and cut outputs differ there, the group is skipped.
 
     Args:
         model: may have an attribute `momentum_encoders`: module or parameter name -> name of its momentum encoder.
-        example: what a call of it is given.
+        example: the arguments of a call.
         groups: all groups of the model, momentum encoders included.
         skipped: the parts that were left alone.
 

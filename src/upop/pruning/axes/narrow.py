@@ -138,7 +138,7 @@ class _Widths(TorchFunctionMode):
 
 
 def numbers_of(key: str) -> list[str]:
-    """Return the words of a key of `WIDTHS`, without what tells groups apart."""
+    """Return the words of a key of `WIDTHS`, without the suffix that distinguishes groups."""
     return key.partition("#")[0].split(".")
 
 

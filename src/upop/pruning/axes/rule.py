@@ -1,4 +1,4 @@
-"""The registry of rules, each of which says what a tensor operation does to axes, and their helpers."""
+"""The registry of rules, each of which describes what a tensor operation does to axes, and their helpers."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def past_of(labels: Sequence[Label]) -> int:
 
 
 def attends_of(labels: Sequence[Label]) -> Dim:
-    """Return the axes over which queries and keys were contracted, if any tensor is attention scores."""
+    """Return the axes over which queries and keys were contracted, if any tensor holds attention scores."""
     return next((label.attends for label in labels if label.attends), ())

@@ -58,7 +58,7 @@ def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Gro
         called = bench.called()
     except Exception as error:
         raise LayoutError(
-            f"{type(model).__name__} cannot be run with the example, so that nothing can be proved: "
+            f"{type(model).__name__} cannot be run with the example, so its groups cannot be verified: "
             f"{message_of(error)}."
         ) from error
     groups: list[Group] = []
@@ -78,7 +78,7 @@ def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Gro
             raise LayoutError(_message(model, each, reasons))
     worst, reason = bench.difference(groups, at_random(groups, 1)) if groups else (0.0, "")
     if not worst <= 1:
-        raise LayoutError(f"What groups says holds group by group and not together ({reason}). Leave some of them out.")
+        raise LayoutError(f"The stated groups hold one by one, but not together ({reason}). Leave some of them out.")
     return groups
 
 

@@ -43,7 +43,7 @@ def with_streams(model: nn.Module, example: Any, found: Prunable) -> Prunable:
 
     Args:
         model: left as it is.
-        example: what a call of it is given.
+        example: the arguments of a call.
         found: its other groups.
     """
     with all_tokens(model):
@@ -113,7 +113,7 @@ def _stream(model: nn.Module, trace: Trace, component: Component, name: str, hol
     if component.axis.barred:
         raise NotCuttableError(component.axis.barred)
     if momentum_encoders(model):
-        raise NotCuttableError("the model keeps momentum copies of its parts")
+        raise NotCuttableError("the model has momentum encoders")
     for part in component.parts:
         reason = obstacle(model, part.use.name.rpartition(".")[0])
         if reason:
@@ -152,8 +152,8 @@ def _norms(model: nn.Module, trace: Trace, component: Component) -> tuple[str, .
         own = {name for name, _ in model.get_submodule(path).named_parameters(path)} if path else {""}
         scales = {part.use.name for part in component.parts if not part.roles & {"produces", "consumes"}}
         if factors_of(dim) != [component.axis]:
-            raise NotCuttableError(f"{path or 'the model'} normalises it together with other axes")
+            raise NotCuttableError(f"{path or 'the model'} normalises over it together with other axes")
         if not own <= scales:
-            raise NotCuttableError(f"{path or 'the model'} normalises over it, and does more than that")
+            raise NotCuttableError(f"{path or 'the model'} normalises over it, but is not only a norm")
         found[path] = None
     return tuple(found)

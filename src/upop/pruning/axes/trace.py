@@ -267,8 +267,8 @@ class Trace(Mode):
         outputs = tensors_in(result)
         if any(each.is_nested for each in outputs):
             raise LayoutError(
-                f"{type(self._model).__name__} computes with nested tensors of torch, whose axes cannot be followed. "
-                "Give an example for which it does without, or pad."
+                f"{type(self._model).__name__} uses torch's nested tensors, whose axes cannot be traced. "
+                "Give an example without them, or pad it."
             )
         if not outputs:
             return result  # it was asked something

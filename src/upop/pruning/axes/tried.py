@@ -33,7 +33,7 @@ class Proof:
 
     Args:
         model: left as it is.
-        example: what a call of it is given.
+        example: the arguments of a call.
         shapes: makes copies on fake tensors.
         trace: of a run on fake tensors.
 
@@ -160,10 +160,10 @@ class Proof:
 
 
 def told_by_sums(candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
-    """Leave out groups of which a split into several lengths could be taken for that of another block.
+    """Leave out groups whose split into several lengths could be confused with that of another block.
 
-    Where one forward runs several blocks, what such a call gets tells which of them it is for by its length alone:
-    pieces of 2 and 4 look like pieces of 4 and 2. Of the groups that one call takes apart, the largest stay.
+    If one forward pass runs several blocks, only the length of its input identifies the block of such a call: pieces of
+    2 and 4 look like pieces of 4 and 2. Of the groups that one call splits, the largest are kept.
 
     Args:
         candidates: that are proved.
