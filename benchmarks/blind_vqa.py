@@ -1,4 +1,4 @@
-"""What generated questions give away without their images: the accuracy of each question's commonest answer.
+"""How far generated questions can be answered without images: the accuracy of each question's most common answer.
 
 python benchmarks/blind_vqa.py
 """
@@ -15,7 +15,7 @@ from upop.metrics.vqa import answer_accuracy
 
 
 def main() -> None:
-    """Count the answers of the training split, and give the commonest in validation."""
+    """Count the answers of the training split, and evaluate the most common one in validation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=60_000, help="training samples of the generated data")
     parser.add_argument("--folder", type=Path, default=Path("output/benchmarks/data"), help="of the generated data")

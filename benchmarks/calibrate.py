@@ -1,8 +1,8 @@
-"""Compression without any training: `upop.calibrate` beside plain cuts of the same size, on generated data.
+"""Pruning without training: `upop.calibrate` against single cuts of the same size, on generated data.
 
-Dense models are those of `benchmarks/shapes_tasks.py` (run it first; NLVR's is in assets/). Every row cuts the same
-share of the prunable parameters, with the same batches of training data, and is evaluated at once. The defaults of
-`upop.calibrate` were chosen on the validation splits (--split val); results are of the test splits.
+Dense models are those of `benchmarks/shapes_tasks.py` (run it first; NLVR's is in assets/). Every row removes the same
+share of the prunable parameters, with the same batches of training data, and is evaluated without training. The
+defaults of `upop.calibrate` were chosen on the validation splits (--split val); results are of the test splits.
 
     python benchmarks/calibrate.py nlvr classification segmentation retrieval-clip
 """
@@ -39,7 +39,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
 
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the metric of a task's dense model, and of every way to cut it, by ratio."""
+    """Return the metric of a task's dense model and of every method, by ratio."""
     read = DenseTask.read(name, arguments.folder, device=arguments.device)
     task, model = read.task, read.model.eval()
     split = arguments.split if arguments.split in task.splits else "val"  # segmentation has one held-out split
@@ -96,7 +96,7 @@ def main() -> None:
     for name in arguments.tasks:
         results[name] = run(name, arguments)
         content = {"machine": machine(arguments.device), "batches": arguments.batches, "tasks": results}
-        write_json(arguments.out, content)  # what was measured outlives what comes next
+        write_json(arguments.out, content)  # keep the measurements if a later task fails
     Console(width=200).print(show(results, arguments.ratios))
 
 

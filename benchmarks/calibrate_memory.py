@@ -1,17 +1,17 @@
-"""How much memory a cut without training takes beside the weights: `upop.calibrate` on decoders.
+"""Memory of pruning without training, beside the weights: `upop.calibrate` on decoders.
 
-- Measured: the peak while a decoder of 0.5 B parameters in bfloat16 is made and cut, with the default settings, in this
-  process alone. All tensors are followed by a dispatch mode until they are freed, from before the weights are made;
-  what kernels take inside is not seen by it. The model is read before, which takes copies of its own with numbers in
-  float64 (`reading`, up to 6 GiB whatever the model): a model of the same kind is not read again.
-- Traced (`--trace`): a decoder of 7 B parameters with torch's fake tensors, which have shapes and no content: the
-  gradients of one batch turned into scores, with activations that are computed again; and what the correction of
-  its widest layer takes. The other phases hold less: a cut holds one tensor twice.
+- Measured: the peak while a decoder of 0.5 B parameters in bfloat16 is built and cut, with the default settings, in one
+  process. A dispatch mode tracks all tensors from before the weights exist until they are freed; memory inside of
+  kernels is not counted. The groups are found before, which takes float64 copies (`reading`, up to 6 GiB for any
+  model): they are cached for models of the same kind.
+- Traced (`--trace`): a decoder of 7 B parameters with torch's fake tensors, which have shapes but no content: the
+  scores of one batch, with recomputed activations, and the correction of the widest layer. The other phases hold
+  less: a cut holds one tensor twice.
 
-Weights are random, which changes nothing of the memory.
+Weights are random, which does not affect memory.
 
     OMP_NUM_THREADS=1 python benchmarks/calibrate_memory.py
-    OMP_NUM_THREADS=1 python benchmarks/calibrate_memory.py --trace      # adds to the file that is there
+    OMP_NUM_THREADS=1 python benchmarks/calibrate_memory.py --trace      # adds to the existing file
 """
 
 from __future__ import annotations

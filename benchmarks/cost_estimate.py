@@ -1,14 +1,14 @@
 """What the published runs cost: GPU hours of every recipe, from counted operations and a stated rate.
 
 For every recipe the full-size model is built without memory for its weights (torch's fake tensors), and torch's counter
-adds up the floating-point operations of one training step (loss and backward pass, recomputed activations, momentum
-copies and all) and of one evaluation, per sample: dense for the search, cut evenly to the recipe's ratio for the
-retraining. That, the samples of the published data sets and the epochs of the recipe give the operations of the run as
-published (method: reference). Method upop takes as many epochs, most of them on the cut model, which costs less, and
-has a teacher, which costs more; neither is counted here.
+adds up the floating-point operations of one training step (loss and backward pass, with recomputed activations and
+momentum encoders) and of one evaluation, per sample: dense for the search, cut evenly to the recipe's ratio for the
+retraining. With the samples of the published data sets and the epochs of the recipe, this gives the operations of the
+run as published (method: reference). Method upop takes as many epochs, most of them on the cut model, which costs less,
+and has a teacher, which costs more; neither is counted here.
 
-GPU hours follow by dividing through a rate. The rate is an assumption, not a measurement: a share of the
-peak that the maker states. Write benchmarks/results/costs.json and costs.md:
+GPU hours follow by dividing by a rate. The rate is an assumption, not a measurement: a share of the
+vendor's peak. Write benchmarks/results/costs.json and costs.md:
 
     python benchmarks/cost_estimate.py
 """
@@ -202,7 +202,7 @@ def work(task: Task[Any], settings: RunSettings, p: float | None) -> Work:
         model = build(task, settings)
     if p is not None:
         model, _ = after_budget(model, Goal(p, None), ROUND_TO)
-    # Fake tensors, since transformers looks into masks that are on the meta device.
+    # Fake tensors, since transformers inspects masks, which fails on the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         forward = 2 * count_macs(model, task.example(model, 1)) / 1e9
@@ -270,7 +270,7 @@ def table(costs: list[dict[str, Any]]) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number with two digits that count; more would be more than an estimate knows."""
+    """Return a number with two significant digits: an estimate has no more."""
     digits = max(0, 1 - math.floor(math.log10(value))) if value else 0
     return f"{round(value, 1 - math.floor(math.log10(value))):,.{digits}f}" if value else "0"
 

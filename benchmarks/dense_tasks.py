@@ -1,4 +1,4 @@
-"""The generated tasks that benchmarks share: where their data and dense models lie, and how both are read."""
+"""The generated tasks that benchmarks share: the folders of data and dense models, and how both are loaded."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class DenseTask:
         accelerator: of one process.
         model: the dense model, on its device, in training mode.
         folder: of data and run directories.
-        most: at most so many samples of a held-out split are scored; None scores all.
+        most: largest number of evaluated samples of a held-out split; None evaluates all.
     """
 
     task: Task[Any]

@@ -1,7 +1,7 @@
-"""A dual encoder of transformers on generated images, cut by several methods: one-shot, and recovered.
+"""A dual encoder of transformers on generated images, pruned by several methods, without and with recovery.
 
 The dense model is trained by configs/shapes/dual_encoder.yaml from a folder without weights. Every cell is written as
-soon as it is measured, and is not measured again; benchmarks/recovered.py says what is compared.
+soon as it is measured, and is not measured again; benchmarks/recovered.py describes the comparison.
 
     python benchmarks/dual_encoder.py --dense output/shapes-dual-encoder/best --data output/shapes/retrieval
 """

@@ -1,6 +1,6 @@
-"""What imports take, each in fresh processes in turn: processor seconds, and which large libraries come along.
+"""Import times in fresh processes, in turn: processor seconds, and which large libraries are imported too.
 
-`import upop` is compared with `import torch` in the same run, so that the figures are ratios of one machine.
+`import upop` is compared with `import torch` in the same run, as a ratio on one machine.
 
     python benchmarks/imports.py
 """

@@ -1,12 +1,12 @@
-"""How much faster compressed models really are: dense beside 2x and 4x, with kept sizes of any number and of multiples.
+"""Measured speed-up of compressed models: dense, 2x and 4x, with arbitrary kept sizes and with multiples.
 
-The models have random weights, since time does not depend on them. What they keep is drawn: scores of every layer lie
-around a level of its own, and are ranked under one budget as the method does, so that layers keep uneven sizes. All
-variants of a model take turns in one process (dense, 2x, ... dense, 2x, ...), and a ratio is of medians.
+The models have random weights, since time does not depend on them. Kept channels are drawn: each layer's scores vary
+around a level of their own, and are ranked under one budget as in a search, so that layers keep uneven sizes. All
+variants of a model take turns in one process (dense, 2x, ... dense, 2x, ...); ratios are those of medians.
 
 - speed-up: time of the dense model over that of the compressed one;
 - ideal: the same of their multiply-adds;
-- realised: speed-up over ideal. 1 means that no multiply-add that was saved is paid for otherwise.
+- realised: speed-up over ideal; 1 if time falls as much as the multiply-adds.
 
     python benchmarks/latency.py --models deit-s clip-b16 blip-b --batches 1 16 --repeats 5
 """
@@ -41,7 +41,7 @@ TARGET = 0.9
 
 
 class _ClipFeatures(nn.Module):
-    """CLIP as it is deployed: without momentum copies and queues."""
+    """CLIP as it is deployed: without momentum encoders and queues."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

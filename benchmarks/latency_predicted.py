@@ -1,9 +1,9 @@
-"""How well milliseconds are told from a profile: what is predicted of cut models beside what is then measured.
+"""How well a profile predicts latency: predicted and measured milliseconds of cut models.
 
-Every model is profiled (`upop.profiling`), cut at random to a share of its channels, layer by layer another one, and
-measured beside the dense one, which takes turns with it; the fastest pass of each counts. An error is
+Every model is profiled (`upop.profiling`), cut at random to a share of its channels that varies by layer, and
+timed in turn with the dense model; the fastest pass of each counts. An error is
 |predicted - measured| / measured. Time is that of the processor, with one thread, which other programs disturb little
-(`--clock wall` for a machine of one's own); the load beside stands in the results. Rows that are there are kept.
+(`--clock wall` for an idle machine); the results record the load. Existing rows are kept.
 
     taskset -c 1 python benchmarks/latency_predicted.py --models deit-s --batches 1 16 --runtimes eager onnxruntime
     taskset -c 1 python benchmarks/latency_predicted.py --models deit-s --batches 1 --runtimes eager --target 0.25
@@ -81,7 +81,7 @@ def measure(name: str, batch: int, runtime: str, points: int, repeats: int, cloc
 def realise(
     name: str, batch: int, runtime: str, share: float, points: int, repeats: int, clock: Clock
 ) -> dict[str, Any]:
-    """Return what is realised of the speed-up that plans for a target in milliseconds predict."""
+    """Return the realised share of the speed-up that plans for a latency target predict."""
     torch.manual_seed(0)
     model, make = MODELS[name]()
     inputs = make(batch)

@@ -1,4 +1,4 @@
-"""What one core decodes and transforms: our data sets beside plain Pillow and torchvision.
+"""Images per second that one core decodes and transforms: upop's data sets against Pillow and torchvision.
 
 Images are generated: smooth colours with noise, JPEGs of `--width` x `--height` pixels, as large in bytes as COCO's
 are on average (about 160 kB). Each way reads the same files and makes normalised tensors of them:
@@ -8,10 +8,9 @@ are on average (about 160 kB). Each way reads the same files and makes normalise
   images.
 - ours: the data sets that `make_loader` reads, draws seeded by sample among the rest of what they do.
 
-Both take turns in one process with one thread, and what counts is the processor's time that the thread was given, so
-that neighbours on the machine do not count. A core's rate is the median over the turns. For evaluation the largest
-difference of the tensors is part of the result: it is nothing, or rounding of floats. In training both draw other
-crops, so rates are of the mean work, over all images and turns.
+Both take turns in one process with one thread. Its processor time counts, so that other programs on the machine do
+not. A core's rate is the median over the turns. For evaluation the result includes the largest difference of the
+tensors: zero, or float rounding. In training the two draw different crops, so rates average over all images and turns.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py --images 24 --turns 10
 """
@@ -124,7 +123,7 @@ class PlainSegmentation:
 
 
 class Ours:
-    """The images of one of our data sets, drawn anew in every turn."""
+    """The images of one of upop's data sets, drawn again in every turn."""
 
     def __init__(self, samples: Dataset[Any]) -> None:
         self._samples = SeededDataset(samples, seed=0)
@@ -140,7 +139,7 @@ class Ours:
 
 
 def ways(folder: Path) -> dict[str, tuple[Read, Read]]:
-    """Return plain and our reading by name of what they read for."""
+    """Return the plain and the upop loader, by the name of their purpose."""
     files = sorted((folder / "plain").iterdir())
 
     def opened(path: Path) -> Image.Image:

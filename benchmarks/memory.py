@@ -1,17 +1,17 @@
-"""How much memory training takes: full-size models at their published image sizes, and the batches that fit.
+"""Memory of training: full-size models at their published image sizes, and the batches that fit.
 
 - Computed, exactly: parameters, buffers (queues), gradients, what the optimizer keeps, and the moving average of the
-  weights. Momentum copies are parameters without gradients.
+  weights. Momentum encoders are parameters without gradients.
 - Traced: forward, loss and backward of the task run with torch's fake tensors, which have shapes and sizes but no
-  content, and all tensors are followed: what counts is the most bytes that they have at once, with gradients there
-  already, for 16 and for 32 samples. The difference is what 16 samples take; the rest is there whatever the batch. In
+  content, and all tensors are tracked: the most bytes at once, with gradients already allocated, for 16 and for 32
+  samples. The difference is the memory of 16 samples; the rest is independent of the batch. In
   float32 and with bfloat16 autocast, with and without gradient checkpointing (of all blocks). Samples are grey images
   with texts of the published length; a question has one answer.
 - Measured: `--check` takes the same steps on the CPU with real tensors, on few samples, and writes both numbers down.
 - Estimated: the batch that fits on a GPU of 24, 40 or 80 GiB: nine tenths of it, without 1 GiB for CUDA itself, hold
   what is fixed, and samples fill the rest. It is for one process; data-parallel training keeps the gradients once more.
 
-What kernels take inside is in none of them, and the operations are those of the CPU: a GPU runs other kernels for some,
+Memory inside of kernels is not counted, and operations are those of the CPU: a GPU runs other kernels for some,
 and keeps other sums and norms in float32 under autocast.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py
@@ -158,7 +158,7 @@ def real(case: Case, counts: Sequence[int]) -> dict[str, dict[int, int]]:
 
 def _peaks(case: Case, model: nn.Module, counts: Sequence[int]) -> dict[str, dict[int, int]]:
     if isinstance(model, BlipRetrieval):
-        model._warned = True  # a warning about the batch would look at its content
+        model._warned = True  # a warning about the batch would read its content
     found: dict[str, dict[int, int]] = {}
     for name, (amp, checkpointed) in sorted(WAYS.items(), key=lambda way: way[1][1]):  # it is not taken back
         if checkpointed:

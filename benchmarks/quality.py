@@ -1,14 +1,14 @@
-"""What is left of a model's quality, by method: at equal size, and with equally many training steps.
+"""Quality of compressed models, by method: at equal size, and with equally many training steps.
 
 Small dense models of generated tasks (those of `benchmarks/shapes_tasks.py`; NLVR's is in assets/) are compressed by
-UPop's default, the published recipe, and other ways to choose what goes. Sizes are equal in parameters or, in a second
+UPop's default, the published recipe, and other pruning methods. Sizes are equal in parameters or, in a second
 set of tables, in multiply-adds; steps are equal, whatever they are used for. There is one dense model per task; the
 seeds decide the order of the training samples and all draws.
 
-    python benchmarks/quality.py --workers 2             # go on where it was stopped; then the tables
+    python benchmarks/quality.py --workers 2             # continues where it was stopped; then the tables
     python benchmarks/quality.py --levers --split val    # what was tried instead of the default
-    python benchmarks/quality.py --parts --split val     # what may go: heads, neurons, branches, the residual width
-    python benchmarks/quality.py --table                 # only the tables of what is there
+    python benchmarks/quality.py --parts --split val     # what is pruned: heads, neurons, branches, the residual width
+    python benchmarks/quality.py --table                 # only the tables of existing cells
 
 Every cell is written to FOLDER/quality_cells.jsonl as soon as it is measured, and is not measured again. Choices were
 made on validation splits (--split val), results are of the test splits; VQA's test set, which has no answers, is
@@ -86,7 +86,7 @@ class Cell:
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
-    """Return the cells that the command line asks for, such that those that say most come first."""
+    """Return the cells that the command line asks for, the most informative first."""
     middle = arguments.middle
     methods = SETS[arguments.what]
     names = arguments.methods or [*methods]

@@ -39,7 +39,7 @@ _WARM_UP = 0.05
 
 @dataclass(frozen=True)
 class Method:
-    """How a model gets smaller, and when.
+    """How and when a model is pruned.
 
     Attributes:
         cut: "search" cuts during training; all others cut at the start, after a few steps for gradients if they
@@ -50,9 +50,9 @@ class Method:
         updates: of soft masks in a whole search; None leaves `stages` to say it.
         two_phases: a constant rate in the search and a falling one afterwards, instead of one schedule over both.
         per_modality: a budget of its own for each modality, the same share of each.
-        normalised: scores of each step come from gradients of norm 1, so that steps with large ones do not say more.
-        teacher: options of `upop.distill`; the dense model then teaches in all steps. None has no teacher.
-        fading: what the teacher says counts for less from step to step, and for nothing in the end.
+        normalised: scores of each step come from gradients of norm 1, so that all steps weigh the same.
+        teacher: options of `upop.distill`, with the dense model as teacher in all steps. None has no teacher.
+        fading: the weight of the distillation loss falls to zero over all steps.
         cost: counts this instead of the cost that the table is about.
         kinds: of the groups that are searched; None searches all.
     """
@@ -132,7 +132,7 @@ PARTS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a method made.
+    """The result of a method.
 
     Attributes:
         model: the small one.
@@ -149,7 +149,7 @@ class Compressed:
 
 @dataclass
 class Bench:
-    """A dense model, and batches of training samples that are read once and dealt out in a new order for every seed."""
+    """A dense model, and batches of training samples, which are read once and shuffled by every seed."""
 
     dense: DenseTask
     samples: list[Any]
@@ -179,7 +179,7 @@ class Bench:
 def search_steps(steps: int, share: float) -> int:
     """Return how many of all steps a search takes: its share, at least 16, and a third at most unless asked for more.
 
-    So a short training is not all search.
+    So a short training is not only search.
     """
     return min(max(_FEWEST, round(share * steps)), max(1, steps // 3, round(share * steps)))
 
@@ -218,7 +218,8 @@ def compress(bench: Bench, method: Method, ratio: float, steps: int, seed: int, 
     elif budget["cost"] == "model":
         budget = {"target": {"params": round(1 - ratio, 4)}}
     elif method.kinds or method.pruner.get("depth") or method.pruner.get("width"):
-        # Of the same size as what loses heads and neurons alone: a ratio of other groups is another number of them.
+        # Of the same size as a cut of heads and neurons only: a ratio of other groups removes other numbers of
+        # parameters.
         budget = {"target": {"params": _left(model, ratio)}}
     run = _Run(bench, model, batches, steps, method)
     if method.cut == "search":
@@ -291,7 +292,7 @@ class _Run:
             names = [group.name for group in own if method.kinds is None or group.kind in method.kinds]
             try:
                 pruners.append(upop.Pruner(self.model, ratio, steps, include=names, **options))
-            except SettingError as error:  # so little is left of no such part
+            except SettingError as error:  # no part keeps so few channels
                 raise UnsupportedError(str(error)) from error
         self.train(0, steps, pruners)
         kept = {name: channels for pruner in pruners for name, channels in pruner.plan().items()}

@@ -1,4 +1,4 @@
-"""The tables and the figure of benchmarks/quality.py: means and spreads over seeds, and who is ahead by how much."""
+"""The tables and the figure of benchmarks/quality.py: means and spreads over seeds, and the leads of the default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = {"retrieval-clip": "retrieval"}
 """How a task is called, where that is not its name."""
 _GROUP = ("split", "cost", "budget", "reduction", "task", "method")
 VARIANTS = ("no teacher", "no progress", "per modality")
-"""Methods that are the default but for one part of it; who is ahead of other methods, and of these, is said apart."""
+"""Methods that differ from the default in one part; leads over them and over other methods are separate."""
 _SAME = 1.02
 """Sizes may differ by so much and still count as equal."""
 _EQUAL = {"params": "parameters", "flops": "GMACs", "model": "parameters of the whole model"}
@@ -90,7 +90,7 @@ def of_equal_size(groups: Sequence[Mapping[str, Any]], default: str) -> list[Map
 def tables(groups: Sequence[Mapping[str, Any]], methods: Sequence[str], default: str) -> list[Group]:
     """Return a table of methods and tasks for every cost, budget and reduction that was measured.
 
-    The best method of equal size is bold in every column; lines below say by how much the default is ahead, and why
+    The best method of equal size is bold in every column; lines below give the leads of the default, and why
     cells are empty.
     """
     names = [*dict.fromkeys(group["task"] for group in groups)]
@@ -156,7 +156,7 @@ def _reasons(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def figure(groups: Sequence[Mapping[str, Any]], methods: Sequence[str], budget: int) -> Figure:
-    """Draw quality against the share of parameters that is left: a panel per task, a line per method, bars of one std.
+    """Draw quality against the remaining share of parameters: a panel per task, a line per method, bars of one std.
 
     Args:
         groups: of `aggregate`, those of equal parameters are drawn.

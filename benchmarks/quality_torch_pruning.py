@@ -7,7 +7,7 @@ do, `num_heads` names the layers of queries, keys and values, so that head dimen
 layers that write to the residual stream are ignored, so that its width stays, as with all other methods here. The only
 number it takes is a share of channels; the share that comes nearest to the asked cost is found by bisection.
 
-What it chose is read from its interactive mode and cut by `upop.shrink`, as everybody's choice is here. That keeps the
+Its choice is read from its interactive mode and cut by `upop.shrink`, as for all methods here. That keeps the
 softmax scale, which Torch-Pruning's own cut does not, so it can only gain.
 """
 
@@ -37,7 +37,7 @@ class UnsupportedError(Exception):
 def plan_by_torch_pruning(
     model: nn.Module, ratio: float, *, example: Mapping[str, Tensor], by_gradient: bool, cost: str
 ) -> dict[str, list[int]]:
-    """Return what Torch-Pruning keeps of every group when about `ratio` of the cost goes.
+    """Return the channels that Torch-Pruning keeps of every group when it removes about `ratio` of the cost.
 
     Args:
         model: the dense model; with gradients where `by_gradient`.
@@ -101,7 +101,7 @@ def _rows(model: nn.Module, groups: list[Group]) -> dict[nn.Module, tuple[Group,
 
 
 def _marked(pruner: Any, rows: Mapping[nn.Module, tuple[Group, Tensor]], share: float) -> dict[str, set[int]]:
-    """Return the channels that go, by group, when Torch-Pruning removes `share` of all channels."""
+    """Return the pruned channels, by group, when Torch-Pruning removes `share` of all channels."""
     pruner.reset()
     pruner.per_step_pruning_ratio = pruner.iterative_pruning_ratio_scheduler(share, 1)
     pruned: dict[str, set[int]] = {}

@@ -1,4 +1,4 @@
-"""Models cut as a search could have cut them, without one; for what depends on sizes alone."""
+"""Models with random cuts like those of a search, for measurements that depend only on sizes."""
 
 from __future__ import annotations
 

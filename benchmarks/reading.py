@@ -1,9 +1,8 @@
-"""How long it takes to find and prove the groups of models of published sizes, and how much memory.
+"""Time and memory to find and prove the groups of models of published sizes.
 
-Each model is built with random weights, or none (a Llama of 8 B parameters on the meta device), and read once in a
-process of its own, by `upop.find_prunable` with an example of two samples. Libraries are imported before the clock
-starts. Beside the time that passes stands the processor time of the process, which other work on the machine hardly
-changes:
+Each model is built with random weights, or none (a Llama of 8 B parameters on the meta device), and read once in its
+own process, by `upop.find_prunable` with an example of two samples. Libraries are imported before the clock
+starts. Wall time and processor time are measured; other work on the machine hardly affects the latter:
 
     python benchmarks/reading.py --threads 2
 """
@@ -50,7 +49,7 @@ def deit() -> tuple[nn.Module, Any]:
 
 
 def retrieval() -> tuple[nn.Module, Any]:
-    """Return BLIP for retrieval, with its momentum copies, and two images with a caption each."""
+    """Return BLIP for retrieval, with its momentum encoders, and two images with a caption each."""
     config = RetrievalConfig.vit("base")
     mask = torch.ones(_BATCH, _WORDS, dtype=torch.long)
     return BlipRetrieval(config), (torch.randn(_BATCH, 3, config.image_size, config.image_size), _words(), mask)

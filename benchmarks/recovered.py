@@ -1,8 +1,8 @@
-"""What is left of a model by method: after the cut alone, and after recovery of all weights or of LoRA's.
+"""Quality of pruned models, by method: right after the cut, and after recovery of all weights or by LoRA.
 
-The ways to cut are those of benchmarks/real/methods.py and of quality_methods.py. All lose the same share of the
-prunable parameters (whole layers: the share that comes nearest) and recover for the same number of steps, on the same
-batches, by the same rates. "upop, search" alone chooses within these steps, and is taught by the dense model meanwhile.
+The methods are those of benchmarks/real/methods.py and of quality_methods.py. All remove the same share of the
+prunable parameters (whole layers: the nearest share) and recover for the same number of steps, on the same
+batches, at the same rates. Only "upop, search" prunes within these steps, with the dense model as teacher.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SEARCHED: dict[str, Method] = {
 """Methods that choose within the steps of recovery."""
 OTHERS = ("first-order, one cut", "Wanda, structured", "FLAP", "closed form")
 """Of `WAYS`."""
-# Key and value groups are few and large; scores that share out alike, or within a group, may take them from all layers.
+# Key-value groups are few and large; uniform or standardised scores may remove them from all layers.
 _MLPS = ("Wanda, structured, MLPs alone", "FLAP, MLPs alone")
 _LANGUAGE = ", language tower"
 NAMES = ("method", "reduction", "recovery", "seed")
@@ -80,7 +80,7 @@ class NotReachedError(Exception):
 
 @dataclass
 class Subject:
-    """A dense model, and how it is looked at.
+    """A dense model, its data and its metrics.
 
     Attributes:
         bench: model and training batches.
@@ -120,7 +120,7 @@ class Subject:
         return list(itertools.islice(self.bench.batches(seed), self.calibration))
 
     def seen(self, seed: int) -> Seen:
-        """What these batches show of the dense model."""
+        """Statistics of the dense model on these batches."""
         if seed not in self._seen:
             model = copy.deepcopy(self.bench.dense.model).eval()
             stacks: list[Any] = [model.get_submodule(stack) for stack in self.stacks]
@@ -216,7 +216,7 @@ def methods(towers: bool, recovery: str, *, core: bool = False) -> list[str]:
 
 
 def cells(towers: bool, seeds: int) -> Iterator[Cell]:
-    """Yield what is to be measured, what says most first."""
+    """Yield the cells to measure, the most informative first."""
     yield {"method": DENSE, "reduction": "1x", "recovery": NONE, "seed": 0}
     for core, part, seed in itertools.product((True, False), _ORDER, range(seeds)):
         for reductions, recovery in part:
@@ -227,7 +227,7 @@ def cells(towers: bool, seeds: int) -> Iterator[Cell]:
 
 
 def options(parser: argparse.ArgumentParser, rows: Path, out: Path) -> None:
-    """Add what both benchmarks are told."""
+    """Add the options of both benchmarks."""
     parser.add_argument("--rows", type=Path, default=rows, help="where cells are written as they are measured")
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--steps", type=int, default=60, help="of recovery, those of a search included")

@@ -1,4 +1,4 @@
-"""What re-ranking costs: our batches over many queries beside one query at a time.
+"""What re-ranking costs: upop's batches over many queries against one query at a time.
 
 Images and captions are random; captions have 9 to 15 tokens, as COCO's do. Each image asks for its `--candidates`
 nearest captions and each caption for its nearest images, and the matching head scores all of them, twice:
@@ -9,9 +9,9 @@ nearest captions and each caption for its nearest images, and the matching head 
 - ours: `upop.models.rerank.match_pairs`. Every pair once, captions of one image together, which share its keys and
   values, and little padding.
 
-Both take turns in one run, so that a drift of the machine hits both; the ratio is of the medians. Both give the same
-scores, and the largest difference is part of the result. Features of images are made beforehand in both: they are not
-timed. On CUDA the states lie on the device for both.
+Both take turns in one run, so that a drift of the machine affects both; the ratio is that of medians. Both give the
+same scores, and the largest difference is part of the result. Features of images are made beforehand in both: they are
+not timed. On CUDA the states lie on the device for both.
 
     python benchmarks/rerank.py --images 8 --candidates 16 --repeats 3 --threads 1
 """

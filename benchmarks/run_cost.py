@@ -1,12 +1,12 @@
-"""What a whole compression costs beside plain fine-tuning of the dense model, of as many steps.
+"""Cost of a whole compression, relative to plain fine-tuning of the dense model for as many steps.
 
 - Measured: DeiT-S on images of `--pixels`, and a small BLIP for NLVR (`--model blip`), on this CPU. Every kind of step
-  is taken in turn, round by round, by one thread, and timed in processor time, for the machine may be busy: a step of
+  takes its turn, round by round, in one thread, timed in processor time since the machine may be busy: a step of
   the dense model (`plain`), of the default search (masks, scores, teacher), of the training after it (cut to half of
   what can be cut, teacher), and of the published search (`reference`: soft masks, no teacher) and the training after
-  that. What the search does besides (reading the model, the correction at the end of a stage, the verified cut) is
-  timed by itself. A run is the sum over its steps. Peak memory is that of all tensors in a step, weights, gradients and
-  optimizer state included.
+  that. Other work of the search (finding groups, the correction at the end of a stage, the verified cut) is
+  timed separately. A run is the sum over its steps. Peak memory is that of all tensors in a step, weights, gradients
+  and optimizer state included.
 - Traced (`--trace`): DeiT-S and BLIP for NLVR at full size. The operations of products, attention and convolutions are
   counted in a forward pass of the dense and of the cut model, those of the correction by formulas; a run is their sum.
 - Computed (`--compute`): a decoder of 8 B parameters in bfloat16. Operations are counted by formulas, of its sizes and
@@ -14,7 +14,7 @@
   moments in float32, activations of checkpointed layers; and what a search holds beside these.
 
     OMP_NUM_THREADS=1 python benchmarks/run_cost.py --pixels 224
-    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --model blip   # adds to the file that is there
+    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --model blip   # adds to the existing file
     OMP_NUM_THREADS=1 python benchmarks/run_cost.py --trace
     OMP_NUM_THREADS=1 python benchmarks/run_cost.py --compute
 """
@@ -173,7 +173,7 @@ def _stage(example: Example) -> tuple[dict[str, float], dict[str, int]]:
         for _ in range(1 if pruner is None else OBSERVATIONS - 1):
             step({key: value.clone() for key, value in inputs.items()})
         held = 3 * sum(each.nbytes for each in model.parameters())  # and the moments of the optimizer
-        if pruner is not None:  # the user's own batch is gone by the next step
+        if pruner is not None:  # the user's own batch is freed by the next step
             held += sum(each.nbytes for one in pruner._moments._passes for each in one.tensors())
         begun = time.process_time()
         peaks[name] = held + peak_bytes(lambda step=step: step(inputs))  # type: ignore[misc]

@@ -1,11 +1,11 @@
-"""What a search step costs beside a plain training step: time and peak memory, for two kinds of masks.
+"""Cost of a search step relative to a plain training step: time and peak memory, for two kinds of masks.
 
 Four steps are compared, each forward, backward, AdamW and clearing the gradients:
 
 - plain: ordinary training;
 - ours: the same with `upop.Pruner` attached (masks in weight space), `pruner.step()` in every step, and a stage that
-  ends at every `--interval`-th, in the middle of a search; before that come two steps that look at what the layers
-  that will be corrected are given. With as many repeats as a stage has steps, `total` is the mean over a whole stage;
+  ends at every `--interval`-th, in the middle of a search; two steps before record the inputs of the layers
+  to correct. With as many repeats as a stage has steps, `total` is the mean over a whole stage;
 - soft: the published search, its masks moved at every `--interval`-th step, when a third of the cost is masked;
 - activations: the same with masks that multiply activations, as the published code does: q, k and v per head
   dimension and the first MLP layer's output, each by a learnable vector whose gradient accumulates. Its
@@ -95,7 +95,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
 
 @contextmanager
 def plain(_model: nn.Module, _interval: int) -> Iterator[Step]:
-    """Train as ever."""
+    """A plain training step."""
     yield lambda: None
 
 

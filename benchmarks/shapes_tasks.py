@@ -2,8 +2,8 @@
 
 Each task's dense model is trained, compressed by unified progressive pruning and by one cut of the smallest weights
 (both get equally many training steps, on the same smaller set), and all models are measured side by side at the end.
-The table goes to the terminal and, as JSON with the machine's description, to benchmarks/results/. Runs that have ended
-are not run again: a benchmark that was stopped goes on with the next one.
+The table goes to the terminal and, as JSON with the machine's description, to benchmarks/results/. Finished runs
+are not repeated: a stopped benchmark continues with the next one.
 
     python benchmarks/shapes_tasks.py caption vqa retrieval retrieval-clip
 """
@@ -46,7 +46,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     common = {"device": "cpu", "resume": "auto"}
     more = {**common, "warmup_steps": 100, **DENSE[name], "output_dir": folder / "dense"}
     _rows(train, *settings_of(name, arguments.folder, arguments.samples, **more))
-    # The end of the schedule, not the best epoch of a rising learning curve: what is compressed has been trained out.
+    # The end of the schedule, not the best epoch of a rising learning curve: the dense model is fully trained.
     dense = folder / "dense" / "last"
     models: dict[str, tuple[torch.nn.Module, Metrics]] = {}
     for method in ("upop", "magnitude"):

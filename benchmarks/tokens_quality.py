@@ -1,13 +1,13 @@
-"""How good small models are with fewer weights, with fewer tokens, and with both on one budget of multiply-adds.
+"""Quality of small models with fewer weights, fewer tokens, and both under one budget of multiply-adds.
 
 Five generated tasks at 112 pixels (benchmarks/tokens_tasks.py), cut to a half, a third and a quarter of their
-multiply-adds, then trained for as many steps, taught by the dense model:
+multiply-adds, then trained for equally many steps, with the dense model as teacher:
 
 - weights: `upop.calibrate`;
-- tokens: `upop.merge_tokens` as far as it goes, and weights only where that does not suffice; "tokens, cross" has
-  CrossGET's cross tokens, which lead the merging and learn by the cross loss (BLIP: every layer of the image tower and
-  of the text layers that look; CLIP: as published);
-- both: `upop.calibrate_with_tokens`, which shares the budget by the loss on held-out batches; "both, cross" has the
+- tokens: `upop.merge_tokens` as far as possible, and weights only where that is not enough; "tokens, cross" has
+  CrossGET's cross tokens, which guide the merging and learn by the cross loss (BLIP: every layer of the image tower and
+  of the text layers with cross-attention; CLIP: as published);
+- both: `upop.calibrate_with_tokens`, which splits the budget by the loss on held-out batches; "both, cross" has the
   same share, and cross tokens.
 
 The seeds decide which samples calibrate, their order in training, and all draws; shares are decided for the first seed.
@@ -53,7 +53,7 @@ RANKING, HELD_OUT = 4, 6
 
 
 def cells(tasks: Sequence[str], seeds: int, factors: Sequence[float]) -> Iterator[tuple[str, str, float, int]]:
-    """Yield task, arm, factor and seed of what is to be measured, such that those that say most come first."""
+    """Yield task, arm, factor and seed of the cells to measure, the most informative first."""
     plain = [arm for arm in ARMS if "cross" not in arm]
     crossed = [arm for arm in ARMS if "cross" in arm]
     for seed, arms in itertools.product(range(seeds), (plain, crossed)):

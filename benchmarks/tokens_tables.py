@@ -65,7 +65,7 @@ def at_speed(groups: Sequence[dict[str, Any]], task: str, factor: float, batch: 
     """Return what each way reaches at the measured speed of `both` of a factor, between its neighbouring factors.
 
     Quality is a straight line over the logarithm of the speed between two factors; the dense model is the first point.
-    A way that is never as fast has no figure.
+    A method that is never as fast has no figure.
     """
     mine = [group for group in groups if group["task"] == task and (group.get("faster") or {}).get(batch)]
     speed: float | None = next(
@@ -104,5 +104,5 @@ def _figure(group: dict[str, Any] | None) -> str:
         return "-" if group is None else "out of reach"
     spread = "" if group["std"] is None else f" ± {group['std']:.1f}"
     speeds = ", ".join(f"{speed:.1f}x" for speed in group["faster"].values())
-    also = "*" if group["arm"].startswith("tokens") and group["cut"] else ""  # tokens alone do not go that far
+    also = "*" if group["arm"].startswith("tokens") and group["cut"] else ""  # merging is not enough
     return f"{group['mean']:.1f}{also}{spread}" + (f" ({speeds})" if speeds else "")

@@ -1,9 +1,9 @@
 """Five generated tasks at 112 pixels, and small dense models of them that a CPU trains in minutes.
 
-Their image towers learn to look first: at each of the 64 patches of an image they imitate what the demo's model
-(assets/shapes-nlvr, 9 patches of a cell each) has to say of the cell that the patch lies in. Visual reasoning and VQA
-then begin with the demo's text layers as well, whose keys and values read the new tower through the linear map that
-imitated.
+Their image towers are trained first: at each of the 64 patches of an image they imitate the features of the demo's
+model (assets/shapes-nlvr, 9 patches of a cell each) for the patch's cell. Visual reasoning and VQA
+then also start from the demo's text layers, whose keys and values read the new tower through the linear map of that
+imitation.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Bench:
         teacher: nn.Module | None = None,
         settings: Any = None,
     ) -> float:
-        """Train a model in place, taught by another one if there is one; return the loss of the last steps."""
+        """Train a model in place, with a teacher if given; return the loss of the last steps."""
         torch.manual_seed(seed)
         taught = None if teacher is None else upop.distill(model, copy.deepcopy(teacher))
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
@@ -224,7 +224,7 @@ def _with_images(sample: Any, dtype: torch.dtype) -> Any:
 
 
 def begin(model: Any, name: str, folder: Path) -> None:
-    """Give a model an image tower that can look; and the demo's text layers, where they fit."""
+    """Give a model a trained image tower, and the demo's text layers if they fit."""
     file = folder / "tower.pth"
     if not file.exists():
         torch.save(look(build_vision_encoder(BlipConfig(image_size=PIXELS, **_BLIP))), file)

@@ -1,12 +1,12 @@
-"""The small SmolVLM-shaped model, cut by several methods: one-shot, and recovered by all weights or by LoRA.
+"""The small SmolVLM-shaped model, pruned by several methods: without recovery, with recovery, and by LoRA.
 
     python benchmarks/vlms.py prepare output/vlms
     upop train chat --config output/vlms/train.yaml
     python benchmarks/vlm_methods.py output/vlms --rows output/vlms/methods.jsonl
 
-Every cell is written as soon as it is measured, and is not measured again. Scores are of the test questions: `exact`,
-in percent, counts answers whose every token is the likeliest one after those before it, as greedy writing would have
-it; benchmarks/recovered.py says what is compared.
+Every cell is written as soon as it is measured, and is not measured again. Metrics are on the test questions: `exact`,
+in percent, counts answers in which every token is the likeliest after those before it, as in greedy decoding;
+benchmarks/recovered.py describes the comparison.
 """
 
 from __future__ import annotations

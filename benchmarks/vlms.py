@@ -1,14 +1,14 @@
-"""A small SmolVLM-shaped model on generated questions: trained from nothing, then pruned, with and without recovery.
+"""A small SmolVLM-shaped model on generated questions: trained from scratch, then pruned, with and without recovery.
 
-    python benchmarks/vlms.py prepare output/vlms            # data, and a folder with config and processor alone
+    python benchmarks/vlms.py prepare output/vlms            # data, and a folder with only config and processor
     upop train chat --config output/vlms/train.yaml
-    python benchmarks/vlms.py kinds output/vlms              # what the dense model answers, by kind of question
+    python benchmarks/vlms.py kinds output/vlms              # accuracy of the dense model, by kind of question
     python benchmarks/vlms.py prune output/vlms              # one-shot at all sizes, by tower
-    python benchmarks/vlms.py teachers output/vlms           # what teaches best at one size, three seeds
+    python benchmarks/vlms.py teachers output/vlms           # distillation losses at one size, three seeds
     python benchmarks/vlms.py table output/vlms
 
-Everything is measured on the test questions, in exact answers; the rows go to benchmarks/results/vlms.json. Rows that
-are there already are kept, so a run that was stopped goes on.
+Everything is measured on the test questions, in exact answers; the rows go to benchmarks/results/vlms.json. Existing
+rows are kept, so a stopped run continues.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def one_shot(out: Path, seeds: int) -> None:
 
 
 def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
-    """Compress with recovery, taught by the hidden states, the logits, both, or nobody."""
+    """Compress with recovery, distilling hidden states, logits, both, or nothing."""
     for seed in range(seeds):
         for name, weights in TEACHERS.items():
             described = {"how": "recovery", "teacher": name, "target": target, "epochs": epochs, "seed": seed}
@@ -221,7 +221,7 @@ def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
 
 @torch.no_grad()
 def by_kind(out: Path) -> None:
-    """Note of the dense model how many answers are right, by the first two words of the questions."""
+    """Record the dense model's accuracy by the first two words of the questions."""
     task = find_task("chat")
     settings = settings_of(out, 0)
     asked: Any = task.dataset(settings, "test")

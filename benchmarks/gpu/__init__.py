@@ -1,1 +1,1 @@
-"""What only a GPU can show, by one command: `make gpu`."""
+"""Measurements that need a GPU, by one command: `make gpu`."""

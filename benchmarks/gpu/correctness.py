@@ -80,7 +80,7 @@ def _kernel(model: Model, kept: int, device: torch.device, dtype: torch.dtype) -
 
 
 def resumed(model: Model, device: torch.device) -> Iterator[Measurement]:
-    """Yield searches that go on where they did not begin."""
+    """Yield searches that resume on another device."""
     cpu = torch.device("cpu")
     for first, second in ((cpu, device), (device, cpu)):
         yield (
@@ -122,7 +122,7 @@ def _search(model: nn.Module, pruner: Pruner, batches: list[Batch], device: torc
 
 
 def _silence(model: nn.Module, group: Group, kept: list[int]) -> None:
-    """Set the rows that make what goes to 0."""
+    """Set the rows that produce pruned channels to 0."""
     mask = torch.zeros(group.size)
     mask[kept] = 1
     for part in group.producers:

@@ -1,4 +1,4 @@
-"""What is left of a small vision transformer's accuracy, by method, on images that are drawn on the device."""
+"""Accuracy of a small pruned vision transformer, by method, on images that are drawn on the device."""
 
 from __future__ import annotations
 

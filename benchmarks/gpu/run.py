@@ -1,11 +1,11 @@
-"""What only a GPU can show, in one command and at most twelve minutes: right, fast, lean, and how good.
+"""Measurements that need a GPU, in at most twelve minutes: correctness, speed, memory and quality.
 
     make gpu                                          # or: python benchmarks/gpu/run.py
     python benchmarks/gpu/run.py --device cpu --small --minutes 2
 
-It needs torch, timm and transformers, and nothing else that this project asks for. The report is written again after
-every measurement, as JSON and as Markdown, so that a run that is stopped leaves what it measured. What does not fit
-into the time or the memory is left out with the reason; what fails is told with the error, and the command ends with 1.
+It needs only torch, timm and transformers. The report is rewritten after every measurement, as JSON and as Markdown,
+so that a stopped run keeps its measurements. The report names what does not fit into the time or the memory, with the
+reason, and what fails, with the error; then the command exits with 1.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, total = 0.0, sum(share for _, share, _ in planned)
     for section, share, measurements in planned:
         sections.append(section)
-        given += share / total  # what a section leaves is the next one's
+        given += share / total  # time that a section leaves goes to the next one
         until = start + 60 * options.minutes * given
         section.run(_kept(measurements, lambda: write(options.out, about, sections)), until, _tell(start))
     path = write(options.out, about, sections)

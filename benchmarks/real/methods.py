@@ -1,17 +1,17 @@
-"""Other ways to choose what goes and to make up for it, from their papers, for benchmarks/real/compare.py.
+"""Other pruning methods, written from their papers, for benchmarks/real/compare.py.
 
-A way is a score per channel (low ones go first), how channels of different groups are compared, and what the layers
-that read them do about it. All of them see the dense model once, over the same batches, and lose the same cost.
+A method is an importance per channel (low ones are pruned first), how channels of different groups are compared, and
+how consumers are corrected. All methods observe the dense model once, on the same batches, and remove the same cost.
 
 - magnitude: L2 norms of all weights of a channel (`upop.pruning.plan_by_magnitude`).
 - first-order: |sum of gradient times weight| of each batch, one ranking of all channels, one cut.
-- Wanda, structured (arXiv 2306.11695 in the form of arXiv 2312.11983): the norm of an input times the norm of the
-  weights that read it, the same share of every group.
-- FLAP (arXiv 2312.11983): the variance of an input times the squared norm of the weights that read it, standardised
-  by group, one ranking; the mean of what goes is added to the bias of the layer that reads it.
+- Wanda, structured (arXiv 2306.11695 in the form of arXiv 2312.11983): the norm of an input times the norm of its
+  weights in the consumer, the same share of every group.
+- FLAP (arXiv 2312.11983): the variance of an input times the squared norm of its weights in the consumer, standardised
+  by group, one ranking; the mean contribution of pruned channels is added to the consumer's bias.
 - variance: that of an input alone, standardised by group, one ranking, and the same shift by the mean.
-- closed form (as CORP does, without labels): the energy that an input gives to the outputs, the same share of every
-  group, and a ridge regression of what goes on what stays, with a bias.
+- closed form (as CORP does, without labels): the energy that an input contributes to the outputs, the same share of
+  every group, and a ridge regression of pruned on kept channels, with a bias.
 - depth: whole layers whose outputs resemble their inputs most (arXiv 2403.03853).
 """
 
@@ -39,13 +39,13 @@ _RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pass over the batches shows of the dense model.
+    """Statistics of the dense model from one pass over the batches.
 
     Attributes:
         first_order: group's name -> sum over the batches of |gradient times weight| of every channel, [size].
-        moments: group's name -> mean of `x x^T` of what its reader is given, with a 1 behind x, [n + 1, n + 1];
+        moments: group's name -> mean of `x x^T` of its consumer's inputs, with a 1 appended to x, [n + 1, n + 1];
             float64.
-        likeness: mean cosine of what every layer of the stack is given and what it returns, [layers].
+        likeness: mean cosine similarity of the input and output of every layer of the stack, [layers].
     """
 
     first_order: dict[str, Tensor]
@@ -62,14 +62,14 @@ class Seen:
         counted: Callable[[Any, Group], Tensor | None],
         stack: Iterable[nn.Module],
     ) -> Seen:
-        """Look at a model.
+        """Observe a model.
 
         Args:
             model: the dense one, in evaluation mode.
             groups: of the model.
-            batches: to look at.
+            batches: to observe it on.
             loss: (model, batch) -> loss.
-            counted: (batch, group) -> which tokens that the group's reader is given are no padding, bool, [tokens];
+            counted: (batch, group) -> which input tokens of the group's consumer are not padding, bool, [tokens];
                 None counts all.
             stack: layers whose outputs are compared with their inputs.
         """
@@ -124,14 +124,14 @@ def _signed(weight: Tensor, gradient: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to cut.
+    """A pruning method.
 
     Attributes:
-        score: (moments [n + 1, n + 1] of what a group's reader is given, its weight [outputs, n]) -> a score for each
+        score: (moments [n + 1, n + 1] of a consumer's inputs, its weight [outputs, n]) -> a score for each
             of the n; None is the first-order score of the channels.
         compared: "raw" scores of all groups in one ranking, "standardised" in each group first, or a "uniform" share of
             every group.
-        makes_up: "mean" adds to the bias, "ridge" solves for what stays, None does nothing.
+        makes_up: "mean" adds to the bias, "ridge" solves for the kept weights, None does nothing.
         mlp_alone: attention stays whole.
     """
 
@@ -176,7 +176,7 @@ WAYS: dict[str, Way] = {
 
 
 def kept_by(way: Way, model: nn.Module, groups: list[Group], costs: dict[str, float], seen: Seen, ratio: float) -> Kept:
-    """Return what a way keeps of every group when `ratio` of the cost of all groups goes."""
+    """Return the channels that a method keeps of every group when it removes `ratio` of the cost of all groups."""
     ranked = [group for group in groups if group.kind == "mlp" or not way.mlp_alone]
     scores = {}
     for group in ranked:
@@ -197,7 +197,7 @@ def kept_by(way: Way, model: nn.Module, groups: list[Group], costs: dict[str, fl
 
 @torch.no_grad()
 def cut(model: nn.Module, groups: list[Group], kept: Kept, seen: Seen | None, makes_up: str | None) -> nn.Module:
-    """Return a smaller copy of a model, whose layers make up for what goes as a way says."""
+    """Return a smaller copy of a model, with its consumers corrected by the method."""
     small = copy.deepcopy(model)
     for group in groups:
         if group.name not in kept or makes_up is None:
@@ -225,13 +225,13 @@ def cut(model: nn.Module, groups: list[Group], kept: Kept, seen: Seen | None, ma
 def without_layers(model: nn.Module, stacks: Iterable[str], seen: Seen, ratio: float, costs: float) -> nn.Module:
     """Return a copy without the layers whose outputs resemble their inputs most, though not without all of a stack.
 
-    The most alike go first. One is passed over where it would take what goes farther from the ratio than leaving it.
+    The most similar are removed first. A layer is skipped if removing it would lead farther from the ratio.
 
     Args:
         model: the dense one.
         stacks: names of lists of layers, in the order in which `seen` compared them.
         seen: what the dense model showed.
-        ratio: share of the cost that goes.
+        ratio: share of the cost to remove.
         costs: of all that can be pruned, in parameters.
     """
     small: Any = copy.deepcopy(model)

@@ -27,7 +27,7 @@ _LENGTH = 128
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sentences, and how much they mean the same, from 0 to 5."""
+    """Two sentences, and how similar their meanings are, from 0 to 5."""
 
     one: str
     two: str
@@ -59,7 +59,7 @@ def batches(pairs: list[Pair], tokenizer: Any, size: int, seed: int) -> list[tup
 
 
 def encoded(pairs: list[Pair], tokenizer: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the arguments of the encoder for some pairs, and their likeness, [pairs]."""
+    """Return the arguments of the encoder for some pairs, and their labelled similarity, [pairs]."""
     sentences = [pair.one for pair in pairs] + [pair.two for pair in pairs]
     inputs = tokenizer(sentences, padding=True, truncation=True, max_length=_LENGTH, return_tensors="pt")
     return dict(inputs), torch.tensor([pair.likeness for pair in pairs])
@@ -75,14 +75,14 @@ def likeness(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def loss(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
-    """Return the mean square of what the cosines are off from the likeness."""
+    """Return the mean squared error of the cosines against the labelled similarity."""
     inputs, aim = batch
     return F.mse_loss(likeness(model, inputs), aim / 5)
 
 
 @torch.no_grad()
 def quality(model: nn.Module, tokenizer: Any, pairs: list[Pair]) -> float:
-    """Return Spearman's correlation (x 100) of the cosines with the likeness."""
+    """Return Spearman's correlation (x 100) of the cosines with the labelled similarity."""
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair.one) + len(pair.two))  # little padding
     found, aim = [], []

