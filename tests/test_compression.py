@@ -200,7 +200,7 @@ def test_a_block_that_ends_early_cuts_what_was_reached() -> None:
     model = VIT.build()
     dense = upop.count_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ended = pytest.warns(UserWarning, match="after 8 of 16 steps: 25%.*50%")
+    ended = pytest.warns(UserWarning, match="after 8 of 16 steps: it removed 25%.*50%")
     with ended, upop.Compression(model, 0.5, 90) as compression:  # sixteen steps search, in eight stages
         trained(model, compression, optimizer, range(8))
         half = compression.plan()

@@ -74,7 +74,7 @@ def _question(row: Row, text: str) -> Turn:
     parts = split_marks(text) if row.images else [text]
     marks = sum(part is IMAGE for part in parts)
     if marks and marks != len(row.images):
-        raise row.error(f"the question has {marks} marks <image>, and the row has {len(row.images)} images.")
+        raise row.error(f"the question has {marks} <image> marks, but the row has {len(row.images)} images.")
     return Turn("user", tuple(parts) if marks else (*(IMAGE for _ in row.images), text))
 
 
