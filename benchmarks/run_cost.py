@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import upop
-from upop.compression import search_steps
+from upop.compression import steps_of_search
 from upop.files import write_json
 from upop.machine import machine
 from upop.models.nlvr import BlipNlvr, NlvrConfig
@@ -212,7 +212,7 @@ def measured(name: str, size: int, batch: int, rounds: int) -> dict[str, Any]:
 def _run(ratios: dict[str, float], once: dict[str, float], plain: float) -> dict[str, Any]:
     """Return what whole runs cost, from their steps beside a plain one, what is done once, and a plain step."""
     ends = STAGES * once["end of a stage"] / plain
-    search = search_steps(STEPS)
+    search = steps_of_search(STEPS)
     whole = search * ratios["search"] + (STEPS - search) * ratios["recovery"] + ends
     whole += (once.get("reading", 0) + once.get("masking", 0) + once.get("cut", 0)) / plain
     return {
@@ -297,7 +297,7 @@ def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
         if isinstance(layer, nn.Linear) and "layers" in name
     )
     cut = 1 - 0.5 * prunable / parameters
-    search = search_steps(STEPS)
+    search = steps_of_search(STEPS)
     plain = 3 * forward / MATMUL
     looks = STAGES * (OBSERVATIONS * forward / MATMUL + solve / SOLVE)
     whole = search * (plain + forward / MATMUL) + looks + (STEPS - search) * (cut * plain + forward / MATMUL)

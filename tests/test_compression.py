@@ -131,7 +131,7 @@ def test_a_model_of_ones_own_resumes_in_the_middle_of_a_stage() -> None:
     def begun() -> tuple[nn.Module, upop.Compression, Any]:
         torch.manual_seed(0)
         model = Own()
-        compression = upop.Compression(model, 0.5, 8, search=4, interval=4, teacher=False)
+        compression = upop.Compression(model, 0.5, 8, search_steps=4, interval=4, teacher=False)
         return model, compression, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def train(model: nn.Module, compression: upop.Compression, optimizer: Any, steps: range) -> None:
@@ -163,7 +163,7 @@ def test_a_loop_of_ones_own_throws_a_step_away_and_goes_on_with_a_copy() -> None
     """The search takes as many steps as it is told; the copy is cut, and the first model is dense and free."""
     model = VIT.build()
     dense = upop.count_parameters(model)
-    compression = upop.Compression(model, 0.5, STEPS, search=5, correct=False)
+    compression = upop.Compression(model, 0.5, STEPS, search_steps=5, correct=False)
     trained(model, compression, torch.optim.SGD(model.parameters(), lr=0.01), range(2))
     other = upop.unmask(copy.deepcopy(model))
     compression.move_to(other)
@@ -180,7 +180,7 @@ def test_a_loop_of_ones_own_throws_a_step_away_and_goes_on_with_a_copy() -> None
     assert compression.pruner.skipped_steps == 1
     assert upop.count_parameters(other) < upop.count_parameters(model) == dense
     with pytest.raises(SettingError, match="from 1 to steps=12"):
-        upop.Compression(VIT.build(), 0.5, STEPS, search=13)
+        upop.Compression(VIT.build(), 0.5, STEPS, search_steps=13)
 
 
 def test_a_block_that_raises_leaves_nothing_behind() -> None:
@@ -231,7 +231,7 @@ def test_a_loop_that_leaves_the_teacher_out_is_told() -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     model: Any = VIT.build()
     for settings, described in (
-        ({"share": 0}, "in \\(0, 1\\]"),
+        ({"search_share": 0}, "in \\(0, 1\\]"),
         ({"ratio": 2}, "strictly between"),
         ({"steps": 0}, "steps"),
     ):

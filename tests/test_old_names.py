@@ -38,7 +38,7 @@ EXAMPLE = torch.randn(4, 8)
 
 
 def renamed(call: Callable[[], Any], new: str) -> Any:
-    with pytest.warns(DeprecationWarning, match=rf"called {new} now"):
+    with pytest.warns(DeprecationWarning, match=rf"now called {new}"):
         return call()
 
 
@@ -57,6 +57,11 @@ def test_public_names() -> None:
 
 
 def test_arguments() -> None:
+    compression = renamed(
+        lambda: upop.Compression(Mlp(), 0.5, 40, search=8, teacher=False, example=EXAMPLE), "search_steps"
+    )
+    assert compression.pruner is not None and compression.pruner.steps == 8
+    renamed(lambda: upop.Compression(Mlp(), 0.5, 40, share=0.5, teacher=False, example=EXAMPLE), "search_share")
     pruner = renamed(lambda: upop.Pruner(Mlp(), 0.5, 4, align=4, example=EXAMPLE), "round_to")
     assert pruner.round_to == 4 and renamed(lambda: pruner.align, "round_to") == 4
     pruner.remove()
@@ -98,7 +103,7 @@ def test_momentum_encoders() -> None:
             return self.online(x)
 
     model = Contrast()
-    with pytest.warns(DeprecationWarning, match=r"Contrast\.momentum_encoders now") as caught:
+    with pytest.warns(DeprecationWarning, match=r"now called Contrast\.momentum_encoders") as caught:
         found = upop.find_prunable(model, EXAMPLE)
     assert {each.filename for each in caught} == {__file__}
     assert [group.name for group in found.groups] == ["online"]

@@ -17,6 +17,7 @@ from upop.errors import LayoutError, SettingError, StepError
 from upop.pruning import Plan, Pruner, shrink
 from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.choice import check_whole
+from upop.pruning.deprecated import renamed_arguments
 from upop.pruning.goal import Goal
 from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as, sized
@@ -36,7 +37,7 @@ _FEWEST = 16
 """Steps of a search; with fewer, the scores say too little. Short runs give it a third of all steps instead."""
 
 
-def search_steps(steps: int, share: float = SHARE) -> int:
+def steps_of_search(steps: int, share: float = SHARE) -> int:
     """Return the number of search steps in a training."""
     return min(steps, max(round(share * steps), min(_FEWEST, steps // 3), 1))
 
@@ -64,8 +65,8 @@ class Compression:
             {"params": 0.5, "macs": "2x"}; see `upop.Pruner`.
         teacher: the dense model, for distillation. By default a copy of the present `model`, if it has norms to
             compare. False trains without a teacher, with faster steps.
-        share: share of search steps; at least 16 steps, or a third of a shorter training.
-        search: number of search steps, instead of `share`.
+        search_share: share of search steps; at least 16 steps, or a third of a shorter training.
+        search_steps: number of search steps, instead of `search_share`.
         averages: moving averages of the model, cut along with it: modules, or objects with a `module`
             (`AveragedModel`, timm's `ModelEmaV3`).
         verify: inputs on which the masked and the cut model are compared, as for `upop.Pruner.shrink`; by default a few
@@ -86,6 +87,7 @@ class Compression:
         LayoutError: the model has no prunable group.
     """
 
+    @renamed_arguments(share="search_share", search="search_steps")
     def __init__(
         self,
         model: nn.Module,
@@ -94,8 +96,8 @@ class Compression:
         *,
         target: Target | None = None,
         teacher: nn.Module | bool | None = None,
-        share: float = SHARE,
-        search: int | None = None,
+        search_share: float = SHARE,
+        search_steps: int | None = None,
         averages: Any = (),
         verify: Any = True,
         distill: Mapping[str, Any] | None = None,
@@ -105,11 +107,11 @@ class Compression:
         check_model(model, "Compression")
         Goal(ratio, target)  # refused before the model is copied
         steps = check_whole("steps", steps)
-        if not 0 < share <= 1:
-            raise SettingError(f"share is the share of all steps that search, in (0, 1]; found {share!r}.")
-        searched = search_steps(steps, share) if search is None else search
+        if not 0 < search_share <= 1:
+            raise SettingError(f"search_share is a share of all steps, in (0, 1]; found {search_share!r}.")
+        searched = steps_of_search(steps, search_share) if search_steps is None else search_steps
         if not 0 < searched <= steps:
-            raise SettingError(f"search is a number of steps from 1 to steps={steps}; found {search!r}.")
+            raise SettingError(f"search_steps is a number from 1 to steps={steps}; found {search_steps!r}.")
         self.model, self.steps = model, steps
         self._verify, self._options, self._insists = verify, dict(distill or {}), teacher is not None
         self._averages = [_averaged(each) for each in (averages if isinstance(averages, Sequence) else [averages])]

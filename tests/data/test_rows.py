@@ -157,7 +157,7 @@ WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"question": "a", "answer": "b"}, {"question": "a", "answer": ""}], {}, "line 2: the column 'answer' holds no"),
     ([{"messages": [{"role": "user", "content": "a"}]}], {}, "line 1: the column 'messages' has no answer"),
     ([{"messages": [{"role": "usr", "content": "a"}]}], {}, "'usr' in turn 0 (did you mean 'user'?)"),
-    ([{"conversations": [ASKED, SAID]}], {}, "has 1 marks <image>, and the row has 0 images"),
+    ([{"conversations": [ASKED, SAID]}], {}, "has 1 <image> marks, but the row has 0 images"),
     ([{"text": "a"}, "{"], {"kinds": ("text",)}, "rows.jsonl, line 2 is not JSON"),
     ([{"text": "a"}, "", 3], {"kinds": ("text",)}, "rows.jsonl, line 3: a row must be an object"),
     ([{"image": "https://a.b/c.png", "caption": "a"}], {}, "is a URL"),

@@ -41,7 +41,7 @@ def test_a_script_runs(
     assert now < before
 
 
-@pytest.mark.filterwarnings("default", "error:.* is called .* now:DeprecationWarning")
+@pytest.mark.filterwarnings("default", "error:.* is now called .*:DeprecationWarning")
 def test_the_notebook_runs_cell_by_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -87,7 +87,7 @@ def test_it_is_the_loop_by_hand(classifier: Any, image_set: Any, tmp_path: Path,
 @pytest.mark.parametrize("share", [0.3, 0.9], ids=["after the cut", "before the cut"])
 def test_it_goes_on_from_a_checkpoint(classifier: Any, image_set: Any, tmp_path: Path, share: float) -> None:
     other = copy.deepcopy(classifier)
-    whole, resumed = (LightningCallback(0.5, module="model", share=share) for _ in range(2))
+    whole, resumed = (LightningCallback(0.5, module="model", search_share=share) for _ in range(2))
     keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
     # After a whole epoch, since Lightning begins an epoch anew that was broken off.
     fit(classifier, image_set, tmp_path, whole, keep, enable_checkpointing=True, max_steps=12)

@@ -116,7 +116,7 @@ def test_a_model_that_the_trainer_compiles_is_corrected_from_the_first_step_on(i
     torch.compiler.reset()
     found = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        model, callback = clip(), TrainerCallback(ratio=0.5, search=1, teacher=False)
+        model, callback = clip(), TrainerCallback(ratio=0.5, search_steps=1, teacher=False)
         one = trainer(model, image_set, tmp_path, callback, max_steps=2, **settings)
         one.train()
         assert (one.model_wrapped is model) is not bool(settings)
@@ -156,7 +156,7 @@ def test_it_goes_on_from_a_checkpoint_before_and_after_the_cut(image_set: Any, t
 def test_it_goes_on_in_the_middle_of_a_stage(image_set: Any, tmp_path: Path) -> None:
     """Eight steps search, in stages of two with `interval=2`; the checkpoint is of the third."""
     model, other = clip(), clip()
-    settings: dict[str, Any] = {"ratio": 0.5, "search": 8, "interval": 2}
+    settings: dict[str, Any] = {"ratio": 0.5, "search_steps": 8, "interval": 2}
     whole, resumed = TrainerCallback(**settings), TrainerCallback(**settings, teacher=True)
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "optim": "adamw_torch"}
     trainer(model, image_set, tmp_path, whole, learning_rate=1e-2, **saving).train()

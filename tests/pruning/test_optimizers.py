@@ -174,7 +174,7 @@ def test_copies_of_weights_and_optimizers_inside_of_others_follow_search_and_cut
     for make in (lambda each: torch.optim.SGD(each, 0.05, momentum=0.9), kind):
         model = VIT.build()
         optimizer = make(model.parameters())
-        compression = upop.Compression(model, 0.5, 9, search=6, interval=2, teacher=False)
+        compression = upop.Compression(model, 0.5, 9, search_steps=6, interval=2, teacher=False)
         for step in range(9):
             compression.loss(loss_of(model(**VIT.inputs(40, seed=step)))).backward()
             compression.step(optimizer)

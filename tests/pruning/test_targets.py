@@ -147,7 +147,7 @@ def test_a_compression_takes_a_target_and_is_resumed_with_it() -> None:
 
     def begun(target: str = "params=0.6") -> tuple[nn.Module, upop.Compression, torch.optim.Optimizer]:
         model = VIT.build()
-        found = upop.Compression(model, steps=6, share=0.5, target=target, teacher=False)
+        found = upop.Compression(model, steps=6, search_share=0.5, target=target, teacher=False)
         return model, found, torch.optim.SGD(model.parameters(), 1e-3)
 
     def step(model: nn.Module, found: upop.Compression, optimizer: torch.optim.Optimizer) -> None:

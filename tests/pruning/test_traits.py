@@ -73,11 +73,11 @@ def test_members_are_read_by_their_older_names() -> None:
     }
     expected = ({"online": "slow"}, ("online",), {"x": 1})
     for (name, function), value in zip(read.items(), expected, strict=True):
-        with pytest.warns(DeprecationWarning, match=f"called Older.{name} now"):
+        with pytest.warns(DeprecationWarning, match=f"now called Older.{name}"):
             assert function(Older()) == value
 
 
 def test_the_names_that_the_method_held_before() -> None:
-    with pytest.warns(DeprecationWarning, match=r"upop\.distillation\.distill now"):
+    with pytest.warns(DeprecationWarning, match=r"now called upop\.distillation\.distill"):
         from upop.pruning import distill
     assert distill is upop.distill

@@ -220,7 +220,7 @@ def test_a_teacher_is_compared_on_the_channels_that_stay_and_the_optimizer_follo
     torch.manual_seed(0)
     model = varied(vit())
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    with upop.Compression(model, target={"params": 0.5}, steps=4, search=2, width=True) as compression:
+    with upop.Compression(model, target={"params": 0.5}, steps=4, search_steps=2, width=True) as compression:
         for _ in range(4):
             optimizer.zero_grad()
             loss = compression.loss(model(IMAGES).square().mean())

@@ -21,7 +21,7 @@ class Compressing:
     Args:
         ratio: share of the prunable parameters to remove, in (0, 1).
         settings: further arguments of `upop.Compression`, except the model and the number of steps: target (instead of
-            a ratio), teacher, share, round_to, verify, ...
+            a ratio), teacher, search_share, round_to, verify, ...
 
     Attributes:
         compression: the compression of the current or last training, or None.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from upop.compression import search_steps
+from upop.compression import steps_of_search
 from upop.errors import SettingError
 from upop.settings import RunSettings
 
@@ -53,7 +53,7 @@ def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
         )
     total = epochs * steps_per_epoch
     steps = min(
-        search_steps(total, settings.search_share), total - steps_per_epoch
+        steps_of_search(total, settings.search_share), total - steps_per_epoch
     )  # leaves at least one epoch of retraining
     return Phases(steps, 0, epochs)
 

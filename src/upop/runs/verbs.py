@@ -145,7 +145,7 @@ def _compression(
         compression = Compression(
             model,
             steps=settings.all_epochs * loop.steps_per_epoch,
-            search=planned.search_steps or None,
+            search_steps=planned.search_steps or None,
             teacher=dense_model if any(task.distill_options(settings).values()) else False,
             distill=task.distill_options(settings),
             averages=averages,
