@@ -243,8 +243,13 @@ def real(model: str, steps: int = 0) -> str:
     described = {(way, batches): way + ("" if batches == usual else f", {batches} batches") for way, batches in rows}
     return markdown(
         [f"{dense['metric']}, dense {dense['quality']:.1f}", *(f"{100 * ratio:g} % removed" for ratio in ratios)],
-        [[name, *(value(*row, ratio) for ratio in ratios)] for row, name in described.items()],
+        [[_titled(name), *(value(*row, ratio) for ratio in ratios)] for row, name in described.items()],
     )
+
+
+def _titled(method: str) -> str:
+    """Return what tables call a method of the result files."""
+    return method.replace("MLPs alone", "MLPs only")
 
 
 def quality_short() -> str:
@@ -395,7 +400,7 @@ def recovered(file: str, score: str, recovery: str) -> str:
         ["method", *(f"{size} ({left:.3f} M)" for size, left in zip(SIZES, sizes, strict=True))],
         [
             ["dense", *(f"{dense[score]:.1f}" for _ in SIZES)],
-            *([method, *(shown(method, size) for size in SIZES)] for method in methods),
+            *([_titled(method), *(shown(method, size) for size in SIZES)] for method in methods),
         ],
     )
 
