@@ -107,7 +107,7 @@ def _no_reader(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forbid
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, *(name for name in NAMES if name != "blip_nlvr")))
 def test_folders_of_today_load_without_a_reader(name: str, tmp_path: Path, _no_reader: Callable[[], None]) -> None:
     folder = upop.save(loaded(FOLDERS / name, name), tmp_path / "again")
     _no_reader()

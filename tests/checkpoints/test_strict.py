@@ -467,7 +467,7 @@ def _fuzz(folder: Path, name: str, every: int, load: Callable[[Path], object] = 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("every", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_values_of_other_kinds_are_errors_of_ours(name: str, every: int, tmp_path: Path) -> None:
     model = MODELS[name]()
     upop.shrink(model, {group.name: range(1, group.size) for group in upop.find_groups(model)[:2] if group.size > 1})
@@ -510,7 +510,7 @@ def _of_transformers_for_the_hub(place: Path) -> tuple[str, str]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("write", [_of_timm_for_the_hub, _of_open_clip_for_the_hub, _of_transformers_for_the_hub])
-@pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_values_of_other_kinds_in_folders_of_the_hub(
     write: Callable[[Path], tuple[str, str]], every: int, tmp_path: Path
 ) -> None:

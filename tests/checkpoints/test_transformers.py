@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import upop
 from pruning.families import randomise, uneven_plan
-from tiers import since
+from tiers import mostly_slow, since
 from upop.checkpoints.saving.quantizer import UpopConfig, mark, recorded
 from upop.errors import CheckpointError, PlanError, SettingError
 
@@ -117,7 +117,7 @@ def bit_equal(one: nn.Module, other: nn.Module, inputs: dict[str, Tensor]) -> bo
     return torch.equal(outputs(one, inputs), outputs(other, inputs))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "bert", "vit", "llama", "t5", "clip"))
 def test_it_reloads_by_itself_to_the_last_bit(name: str, tmp_path: Path) -> None:
     model, inputs = compressed(name)
     model.save_pretrained(tmp_path / "a")
@@ -131,7 +131,7 @@ def test_it_reloads_by_itself_to_the_last_bit(name: str, tmp_path: Path) -> None
             assert layer.weight.shape == (layer.out_features, layer.in_features)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "bert", "vit", "llama", "t5", "clip"))
 def test_one_folder_serves_both(name: str, tmp_path: Path) -> None:
     model, inputs = compressed(name)
     folder = upop.save(model, tmp_path / "out")

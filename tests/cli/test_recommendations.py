@@ -57,8 +57,9 @@ def messages(file: Path) -> Iterator[tuple[int, str]]:
     described = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
     }  # what stands alone is no message
+    passed_over = parts | described
     for node in ast.walk(tree):
-        if id(node) in parts | described:
+        if id(node) in passed_over:
             continue
         if isinstance(node, ast.JoinedStr):
             yield (

@@ -15,7 +15,7 @@ from tiers import mostly_slow
 # One of each way to write a forward; the others are variations, and slow together.
 QUICK = {
     *("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "convnext_atto"),
-    *("gpt2", "llama", "bart", "clip"),
+    *("gpt2", "llama", "bart"),
     "TransformerEncoder",
 }
 # Deprecations inside the libraries are not ours to mend.

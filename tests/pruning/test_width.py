@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import upop
 import upop.checkpoints.configs.uniform_sizes
+from tiers import mostly_slow
 from upop.checkpoints.loading import load_named
 from upop.errors import CheckpointError, LayoutError, SettingError
 from upop.pruning.axes.proof import Precise
@@ -109,7 +110,7 @@ class Kept(nn.Module):
         return (found if self.bias is None else found + self.bias) * self.mask
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "llama", "clip"])
+@pytest.mark.parametrize("name", mostly_slow(["vit", "bert", "llama", "clip"], "vit", "llama"))
 def test_a_cut_stream_computes_what_norms_over_the_kept_channels_give(name: str) -> None:
     build, inputs = CASES[name]
     model = varied(build()).double().eval()
@@ -172,7 +173,7 @@ def searched(model: nn.Module, inputs: Any, target: Any, *, train: float = 1e-3,
     return plan
 
 
-@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize("name", mostly_slow(["vit", "llama"], "llama"))
 def test_a_search_cuts_streams_with_branches_to_a_target_of_the_whole_model(name: str, tmp_path: Path) -> None:
     build, inputs = CASES[name]
     model = varied(build())

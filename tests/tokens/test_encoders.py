@@ -149,7 +149,7 @@ def test_models_that_need_the_places_of_tokens_are_refused_and_left_alone(name: 
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", mostly_slow(["linear", "mask_transformer"], "linear"))
 def test_tokens_come_back_to_their_places_for_a_decoder_that_reads_a_grid(decoder: str, tmp_path: Path) -> None:
     sizes = {"image_size": 32, "patch_size": 8, "vision_width": 32, "vision_depth": 3, "vision_heads": 2}
     config = SegmenterConfig(**sizes, vision_mlp=64, classes=3, decoder=decoder)  # type: ignore[arg-type]

@@ -61,6 +61,7 @@ def test_two_processes_are_one(one: tuple[Path, Path], tmp_path: Path) -> None:
     assert_alike(alone, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_a_teacher_and_corrected_layers(tmp_path: Path) -> None:
     """As compressions are by default: the plan, the metrics and the losses are the same."""
     config = runs.make_task("nlvr", tmp_path)
