@@ -11,7 +11,7 @@ import upop
 
 
 def main() -> None:
-    """Train, cut, train on, save, load."""
+    """Train, cut, continue training, save, load."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("output/fine_tuned"))

@@ -1,4 +1,4 @@
-"""Cut a decoder by a quarter of its prunable parameters with a few batches and no training."""
+"""Prune a quarter of a decoder's prunable parameters with a few batches and no training."""
 
 import argparse
 
@@ -9,7 +9,7 @@ import upop
 
 
 def main() -> None:
-    """Cut, and generate."""
+    """Prune, and generate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ratio", type=float, default=0.25)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A model written by hand: what can go, what stays and why, and what a cut leaves."""
+"""A custom model: what can be pruned, what is skipped and why, and the cut."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ import upop
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP, as one would write them."""
+    """Attention and a gated MLP."""
 
     def __init__(self, hidden_size: int, heads: int) -> None:
         super().__init__()
@@ -21,14 +21,14 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return hidden states [batch, tokens, hidden] of the same shape."""
+        """Return hidden states, [batch, tokens, hidden], for hidden states of the same shape."""
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def main() -> None:
-    """Look at the model, and cut it."""
+    """List the model's groups, and cut it."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(64, 4), Block(64, 4), nn.Linear(64, 10))
     example = torch.randn(2, 16, 64)
@@ -37,7 +37,7 @@ def main() -> None:
     for group in found.groups:
         print(f"{group.name}: {group.size} to choose from ({group.kind})")
     for skipped in found.skipped:
-        print(f"{skipped.name} stays: {skipped.reason}")
+        print(f"{skipped.name} is skipped: {skipped.reason}")
 
     # Your own indices, here every other channel; `upop.Compression` and `upop.calibrate` choose them by importance.
     plan = {group.name: range(0, group.size, 2) for group in found.groups}

@@ -1,4 +1,4 @@
-"""Compress a classifier of texts within transformers' Trainer."""
+"""Compress a text classifier within transformers' Trainer."""
 
 import argparse
 import tempfile
@@ -12,7 +12,7 @@ from upop.integrations import TrainerCallback
 
 
 def main() -> None:
-    """Train once: the callback searches, cuts and goes on."""
+    """Train once: the callback searches, cuts and continues the training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
