@@ -156,11 +156,24 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_in_a_description_is_refused_or_changes_nothing(
     tmp_path: Path, compressed: Path, data: st.DataObject
 ) -> None:
+    check_description(tmp_path, compressed, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_many_values_in_a_description_are_refused_or_change_nothing(
+    tmp_path: Path, compressed: Path, data: st.DataObject
+) -> None:
+    check_description(tmp_path, compressed, data)
+
+
+def check_description(tmp_path: Path, compressed: Path, data: st.DataObject) -> None:
     """Nothing that decides what is computed: the weights are those that were saved, in every case."""
     folder = tmp_path / "best"
     if not folder.exists():

@@ -109,9 +109,20 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_value_of_any_setting_is_used_or_refused(data: st.DataObject) -> None:
+    check_value(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(data=st.data())
+def test_many_values_of_settings_are_used_or_refused(data: st.DataObject) -> None:
+    check_value(data)
+
+
+def check_value(data: st.DataObject) -> None:
     """What is used is what was given, and comes back from the file that a run writes down."""
     kind = find_task(data.draw(st.sampled_from(sorted(TASKS)))).settings
     name = data.draw(st.sampled_from(sorted(kind.model_fields)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import upop
 from parity.cases import CASES, Recorded, Tensors, all_recorded
+from tiers import mostly_slow
 
 KEYS = Path(__file__).parent / "data" / "keys"
 SETS = all_recorded()
@@ -118,7 +119,7 @@ def assert_masks(pruner: upop.Pruner, recorded: Recorded, expected: Tensors, pre
         assert torch.equal(pruner.masks[group.name] == 1, wanted[group.name] == 1)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", mostly_slow(["adamw", "sgd"], "adamw"))
 def test_search_step_by_step(recorded: Recorded, kind: str) -> None:
     config = recorded.config
     expected = recorded.read(f"search_{kind}")
