@@ -1,5 +1,6 @@
 """Reading groups off what a model computes: trace, follow, group, settle, prove."""
 
+from upop.pruning.axes import moving, products  # noqa: F401 - their rules are registered
 from upop.pruning.axes.examples import example_for
 from upop.pruning.axes.momentum import with_momentum_encoders
 from upop.pruning.axes.reader import read

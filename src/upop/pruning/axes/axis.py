@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -133,6 +133,11 @@ def factors_of(dim: Dim) -> list[Axis | int]:
     return [factor for factor in found if size_of(factor) != 1]
 
 
+def dim_of(size: int) -> Dim:
+    """Return a dimension of plain numbers."""
+    return (size,) if size != 1 else ()
+
+
 def size_of(factor: Axis | int) -> int:
     """Return the length of a factor."""
     return factor.size if isinstance(factor, Axis) else factor
@@ -149,6 +154,11 @@ def axes_in(dims: Iterable[Dim]) -> Iterator[Axis]:
         for factor in dim:
             if isinstance(factor, Axis):
                 yield factor
+
+
+def leaves_of(dims: Iterable[Dim]) -> set[Axis]:
+    """Return the parts that are not split further of all axes among the factors."""
+    return {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
 
 
 def fix(dim: Dim, reason: str, *, bars: bool = True) -> None:
@@ -228,7 +238,7 @@ def _lost(factors: list[Axis | int], rest: list[Axis | int], size: int, wanted: 
             found.append(wanted.pop(0))
             made *= found[-1]
     fix(tuple(factors), "a reshape cuts it in the middle")
-    return [(each,) if each > 1 else () for each in found]
+    return list(map(dim_of, found))
 
 
 def unite(one: Axis, other: Axis) -> None:
@@ -276,11 +286,7 @@ def _unite_parts(a: Axis, b: Axis) -> None:
 
 
 def _ends(row: Axis) -> list[int]:
-    total, ends = 0, []
-    for part in row.parts:
-        total += part.size
-        ends.append(total)
-    return ends
+    return list(accumulate(part.size for part in row.parts))
 
 
 def _cut_row(row: Axis, ends: Sequence[int]) -> None:
@@ -336,10 +342,10 @@ def cut_out(dim: Dim, start: int, stop: int) -> Dim:
     if len(factors) > 1:
         if start % inner or stop % inner:
             fix(dim, "a slice cuts it in the middle")
-            return (stop - start,) if stop - start > 1 else ()
+            return dim_of(stop - start)
         return (*cut_out((first,), start // inner, stop // inner), *factors[1:])
     if not isinstance(first, Axis):
-        return (stop - start,) if stop - start > 1 else ()
+        return dim_of(stop - start)
     root = first.root
     if not root.parts:
         places = sorted({0, start, stop, size})
@@ -360,7 +366,7 @@ def concatenate(dims: Sequence[Dim]) -> Dim:
     dims = [dim for dim in dims if length(dim)]
     if len(dims) == 1:
         return dims[0]
-    if not any(True for _ in axes_in(dims)):
+    if not any(axes_in(dims)):
         return (sum(map(length, dims)),)
     parts: list[Axis] = []
     common: list[Axis | int] = []

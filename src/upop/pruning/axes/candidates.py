@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +63,7 @@ def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequ
         raise NotCuttableError("it is the residual stream")
     if component.axis.fixed:
         raise NotCuttableError(component.axis.fixed)
-    for part in component.parts:
-        reason = obstacle(model, part.use.name.rpartition(".")[0])
-        if reason:
-            raise NotCuttableError(reason)
+    refuse_obstacles(model, component)
     if not component.consumers and not {"dimension", "attends"} <= component.axis.marks:
         raise NotCuttableError("no weight sums over it")
     attention = component.attends
@@ -92,6 +90,14 @@ def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequ
     kind: Kind = "attention" if attention else "mlp"
     group = Group(name, kind, modality, component.axis.size, heads, tuple(slices), channel=channel)
     return Candidate(group, component.axis, holder, tuple(loud) if loud != slices else ())
+
+
+def refuse_obstacles(model: nn.Module, component: Component) -> None:
+    """Refuse a component with a layer whose tensors cannot be cut."""
+    for part in component.parts:
+        reason = obstacle(model, part.use.name.rpartition(".")[0])
+        if reason:
+            raise NotCuttableError(reason)
 
 
 def shared_tensors(model: nn.Module) -> list[list[str]]:
@@ -165,18 +171,11 @@ def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:
 
 def ordered(component: Component) -> list[Part]:
     """Return the parts in order: producers, followers, and one consumer last."""
-    others = [part for part in component.parts if part not in component.producers and part not in component.consumers]
-    producers = sorted(component.producers, key=lambda part: part.gates)
-    consumers = [part for part in component.consumers if part not in producers]
+    producers, consumers = sorted(component.producers, key=lambda part: part.gates), component.consumers
+    others = [part for part in component.parts if part not in producers and part not in consumers]
     biases = {part.use.name.rpartition(".")[0]: part for part in others if part.use.name.endswith("bias")}
-    ordered: list[Part] = []
-    for part in producers:
-        ordered.append(part)
-        bias = biases.pop(part.use.name.rpartition(".")[0], None)
-        if bias is not None:
-            ordered.append(bias)
-    rest = [part for part in others if not any(part is each for each in ordered)]
-    return [*ordered, *rest, *consumers]
+    made = ((part, biases.get(part.use.name.rpartition(".")[0], part)) for part in producers)
+    return list(dict.fromkeys((*chain.from_iterable(made), *others, *consumers)))
 
 
 def slice_of(model: nn.Module, trace: Trace, component: Component, part: Part, *, loud: bool = False) -> Slice:
@@ -198,7 +197,7 @@ def slice_of(model: nn.Module, trace: Trace, component: Component, part: Part, *
     inner: int | tuple[int, ...] = inners[0] if len(set(inners)) == 1 else tuple(inners)
     queries: tuple[int, ...] = ()
     if "dimension" in component.axis.marks and component.is_dimension:
-        queries = _flagged(trace.query_rows(part.use, part.dim), part, inners)
+        queries = _flagged(trace.query_rows.get((part.use.name, part.dim)), part, inners)
     first = queries == tuple(range(len(queries)))
     mlp = not component.attends and not loud  # in an attention, what gates one thing may make another
     is_parameter = isinstance(tensor_of(model, part.use.name), nn.Parameter)
@@ -212,7 +211,7 @@ def slice_of(model: nn.Module, trace: Trace, component: Component, part: Part, *
         direct=part.use.direct and makes,
         gaps=tuple(gaps) if any(gaps) else (),
         queries=() if first else queries,
-        silent=_flagged(trace.silent_rows(part.use, part.dim), part, inners) if makes and mlp else (),
+        silent=_flagged(trace.silent_rows.get((part.use.name, part.dim)), part, inners) if makes and mlp else (),
     )
 
 
@@ -248,13 +247,8 @@ def _blocks(channels: Tensor, size: int) -> tuple[list[int], list[int]]:
 
 def common(paths: list[str]) -> str:
     """Return the name of the innermost module that holds some modules or tensors."""
-    parts = [path.split(".") for path in paths]
-    shared = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    return ".".join(shared)
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _attention_name(model: nn.Module, producers: list[Part], holder: str) -> str:

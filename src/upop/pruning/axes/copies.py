@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from upop.pruning.again import held_anywhere, uncompiled
-from upop.pruning.axes.mode import Mode, defined, leaves_in, tensors_in
+from upop.pruning.axes.mode import Mode, defined, kept_by, leaves_in, tensors_in
 from upop.pruning.costs import call, evaluated, runs_in_training
 from upop.pruning.duplicates import duplicate
 from upop.pruning.errors import LayoutError
@@ -60,13 +60,10 @@ def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, A
         if id(buffer) not in found:
             found[id(buffer)] = change(buffer)
     for module in model.modules():
-        for value in leaves_in([each for name, each in vars(module).items() if name not in _OF_MODULES]):
+        for value in leaves_in(kept_by(module)):
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in found:  # torch copies none of these
                 found[id(value)] = change(value.detach())
     return found
-
-
-_OF_MODULES = ("_parameters", "_buffers", "_modules")
 
 
 def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
@@ -100,12 +97,11 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _share(model: nn.Module, memo: dict[int, Any]) -> None:
     """Share attributes that cannot be copied with the copy."""
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in _OF_MODULES:
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:
-                    memo[id(value)] = value
+        for value in kept_by(module).values():
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                memo[id(value)] = value
 
 
 @contextmanager
@@ -190,10 +186,7 @@ class Shapes:
         mode = self.mode
         if mode is None:
             return self._given
-        return tree_map(
-            lambda each: mode.from_tensor(each) if isinstance(each, Tensor) and not _counts(each) else each,
-            self._given,
-        )
+        return tree_map_only(Tensor, lambda each: each if _counts(each) else mode.from_tensor(each), self._given)
 
     def _raises(self) -> Exception | None:
         try:
@@ -279,9 +272,7 @@ class _Counting(Mode):
     def _with(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with unset_fake_temporarily():
             found = func(*args, **kwargs)
-        return tree_map(
-            lambda each: each if not isinstance(each, Tensor) or _counts(each) else self._mode.from_tensor(each), found
-        )
+        return tree_map_only(Tensor, lambda each: each if _counts(each) else self._mode.from_tensor(each), found)
 
     def _without(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -299,10 +290,9 @@ class _Counting(Mode):
     def _made_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with unset_fake_temporarily():
             drawn = torch.Generator().manual_seed(0)
-            return tree_map(
-                lambda each: (
-                    torch.rand(each.shape, generator=drawn).to(each.dtype) if isinstance(each, FakeTensor) else each
-                ),
+            return tree_map_only(
+                FakeTensor,
+                lambda each: torch.rand(each.shape, generator=drawn).to(each.dtype),
                 (args, kwargs),
             )
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import register_pytree_node
 
 from upop.pruning.again import random_numbers_kept
 from upop.pruning.axes.copies import Shapes, message_of
-from upop.pruning.axes.inputs import BATCH, channels_of, described, image_sizes, placed, words
+from upop.pruning.axes.inputs import BATCH, arguments_of, channels_of, described, image_sizes, placed, words
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 from upop.pruning.traits import momentum_prefixes
@@ -160,13 +160,14 @@ def _by_layers(model: nn.Module) -> Iterator[Any]:
     """Yield inputs that fit the first layers: images for convolutions, ids for embeddings, tokens for linear layers."""
     layers = list(model.modules())
     first = next((each for each in layers if isinstance(each, nn.Conv2d | nn.Embedding | nn.Linear)), None)
-    count = max(1, _required(model))
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    asked = arguments_of(model).values()
+    count = max(1, sum(each.kind in by_place and each.default is inspect.Parameter.empty for each in asked))
     embeds = any(isinstance(each, nn.Embedding) for each in layers)
     if isinstance(first, nn.Conv2d) or hasattr(model, "default_cfg"):
         own = first.in_channels if isinstance(first, nn.Conv2d) else channels_of(model)
-        stated = (
-            channels_of(model) if hasattr(model, "default_cfg") else own
-        )  # the first layer may take patches of them
+        # The first layer may take patches of the channels that are stated.
+        stated = channels_of(model) if hasattr(model, "default_cfg") else own
         for channels, size in itertools.product(dict.fromkeys((own, stated)), image_sizes(model)):
             image = torch.randn(BATCH, channels, size, size)
             yield (image, *(words(model) if embeds else image for _ in range(count - 1)))
@@ -183,16 +184,6 @@ def _by_layers(model: nn.Module) -> Iterator[Any]:
         yield tuple(torch.randn(BATCH, width) for _ in range(count))
 
 
-def _required(model: nn.Module) -> int:
-    """Return the number of required arguments of a forward."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return 1
-    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in by_place and each.default is inspect.Parameter.empty for each in parameters)
-
-
 def _positions(model: nn.Module) -> Iterator[int]:
     """Yield lengths of position tables; some models accept only sequences of that length."""
     tables = [each for each in model.parameters() if each.dim() >= 2]
@@ -201,14 +192,11 @@ def _positions(model: nn.Module) -> Iterator[int]:
 
 def _advice(model: nn.Module, error: LayoutError | None) -> str:
     """Return what to pass, as the end of an error message."""
-    try:
-        needed = [
-            name
-            for name, each in inspect.signature(model.forward).parameters.items()
-            if each.default is inspect.Parameter.empty and each.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-    except (TypeError, ValueError):
-        needed = []
+    needed = [
+        name
+        for name, each in arguments_of(model).items()
+        if each.default is inspect.Parameter.empty and each.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     shown = ", ".join(f'"{name}": ...' for name in needed if name not in ("args", "kwargs")) or '"images": ...'
     seen = f" The first of those that were tried: {error}" if error is not None else ""
     return (

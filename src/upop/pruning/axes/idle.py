@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from upop.pruning.axes.label import Made
 from upop.pruning.axes.mode import tensors_in
@@ -51,14 +51,12 @@ class Idle:
                 self._made[key] = self._new(self._gave[self._calls % len(self._gave)], device)
             self._calls += 1
             # A forward may write into what it is given.
-            return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, self._made[key])
+            return tree_map_only(Tensor, Tensor.clone, self._made[key])
 
     def _new(self, gave: Any, device: torch.device) -> Any:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.path} {self._calls}".encode()))
 
-        def made(each: Any) -> Any:
-            if not isinstance(each, Made):
-                return each
+        def made(each: Made) -> Tensor:
             if not each.dtype.is_floating_point:
                 return torch.ones(each.shape, dtype=each.dtype, device=device)
             if self._mode is not None:
@@ -66,7 +64,7 @@ class Idle:
                     return torch.empty(each.shape, dtype=each.dtype, device=device)
             return torch.randn(each.shape, generator=generator).to(device, self._dtype)
 
-        return tree_map(made, gave)
+        return tree_map_only(Made, made, gave)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from upop.pruning.axes.copies import Shapes
 from upop.pruning.errors import LayoutError
@@ -82,12 +82,17 @@ def _stated(owner: Any) -> Iterator[int]:
             yield value
 
 
+def arguments_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a forward by name; none where Python does not know them."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def described(model: nn.Module) -> Iterator[Any]:
     """Yield inputs by argument name: token ids, images, audio, and their companions such as masks."""
-    try:
-        asked = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        return
+    asked = arguments_of(model)
     names = set(asked)
     texts: Inputs = {name: words(model) for name in _TEXTS if name in names}
     if {"image", "text"} <= names:  # open_clip
@@ -218,9 +223,4 @@ def placed(model: nn.Module, example: Any) -> Any:
     own = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
     device = torch.device("cpu") if own.is_meta else own.device
 
-    def place(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, own.dtype if value.is_floating_point() else None)
-
-    return tree_map(place, example)
+    return tree_map_only(Tensor, lambda each: each.to(device, own.dtype if each.is_floating_point() else None), example)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from upop.pruning.axes.axis import Axis, Dim, axes_in
+from upop.pruning.axes.axis import Axis, Dim, axes_in, dim_of
 
 Rows = dict[tuple[str, int], Tensor]
 """Positions along dimensions of parameters: (parameter's name, dimension) -> [length], bool."""
@@ -43,7 +43,7 @@ class Label:
     @property
     def active(self) -> bool:
         """Whether it is an activation that carries, or may carry, an axis."""
-        return (self.latent or not self.parameter) and any(True for _ in axes_in(self.dims))
+        return (self.latent or not self.parameter) and any(axes_in(self.dims))
 
 
 @dataclass
@@ -103,4 +103,4 @@ class Made:
 
 def plain(tensor: Tensor) -> list[Dim]:
     """Return plain dimensions, for tensors that carry no axis."""
-    return [(size,) if size != 1 else () for size in tensor.shape]
+    return list(map(dim_of, tensor.shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
@@ -44,6 +44,11 @@ def leaves_in(value: Any) -> list[Any]:
         else:
             found.append(each)
     return found
+
+
+def kept_by(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module besides its parameters, buffers and modules."""
+    return {name: each for name, each in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -11,32 +11,36 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from upop.pruning.axes.axis import Axis, Dim, axes_in, concatenate, cut_out, factors_of, fix, length, regroup, tie
+from upop.pruning.axes.axis import (
+    Axis,
+    Dim,
+    axes_in,
+    concatenate,
+    cut_out,
+    dim_of,
+    factors_of,
+    fix,
+    leaves_of,
+    length,
+    regroup,
+    tie,
+)
 from upop.pruning.axes.label import Label, Rows, plain
 from upop.pruning.axes.mode import tensors_in
-from upop.pruning.axes.rule import CONSTANT, attends_of, like, past_of, rule, unknown
+from upop.pruning.axes.rule import CONSTANT, argument, attends_of, like, past_of, rule, unknown
 from upop.pruning.axes.trace import Trace
 
 
 @rule(
-    *("arange", "eye", "linspace", "_local_scalar_dense", "rand", "randn", "randint", "sym_size", "is_nonzero"),
-    *(
-        "equal",
-        "empty_strided",
-        "new_empty_strided",
-        "_fused_sdp_choice",
-        "is_same_size",
-        "lift_fresh",
-        "detach_",
-        "item",
-    ),
-    *("randperm", "bernoulli_p", "_assert_async", "_assert_scalar", "resize"),
+    "arange eye linspace _local_scalar_dense rand randn randint sym_size is_nonzero equal empty_strided "
+    "new_empty_strided _fused_sdp_choice is_same_size lift_fresh detach_ item randperm bernoulli_p _assert_async "
+    "_assert_scalar resize"
 )
 def _nothing(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     """Creates new numbers, or reads metadata only."""
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+@rule("zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor")
 def _blank(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     trace.set(result, Label(plain(result), blank=True))
 
@@ -52,13 +56,12 @@ _PRODUCTS = {"mul", "addcmul"}
 
 
 @rule(
-    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "native_dropout"),
-    *("_to_copy", "clone", "detach", "alias", "lift_fresh_copy", "copy", "masked_fill", "where", "dropout", "fill"),
-    *("zero", "nan_to_num", "_conj", "conj", "to", "contiguous", "isin", "isfinite", "isnan", "isinf", "glu_jvp"),
-    *("hardswish", "hardsigmoid", "hardtanh", "silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "mish", "softplus"),
-    *("pow", "square", "prelu", "_prelu_kernel", "celu", "selu", "logical_not", "bitwise_not", "type_as", "normal"),
+    "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout _to_copy clone "
+    "detach alias lift_fresh_copy copy masked_fill where dropout fill zero nan_to_num _conj conj to contiguous "
+    "isin isfinite isnan isinf glu_jvp hardswish hardsigmoid hardtanh silu gelu relu relu6 leaky_relu elu mish "
+    "mul softplus pow square prelu _prelu_kernel celu selu logical_not bitwise_not type_as normal"
 )
-def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+def _elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     """Tie the aligned dimensions of all inputs, from the last one backwards."""
     base = name.removesuffix("_").removesuffix("_like") if name.endswith("_") else name
     inputs = tensors_in((args, kwargs))
@@ -73,12 +76,7 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     dims: list[Dim] = []
     for place in range(-rank, 0):
         meeting = _meeting(labels, place)
-        if not meeting:
-            dims.append(())
-            continue
-        for (_, one), (_, other) in pairwise(meeting):
-            tie(one, other, CONSTANT)
-        dims.append(next((dim for _, dim in meeting if any(True for _ in axes_in([dim]))), meeting[0][1]))
+        dims.append(_tied(meeting, ()))
         for label, _ in meeting:
             added = base in ("add", "sub", "addcmul", "rsub") and len(meeting) > 1
             if not label.latent:
@@ -108,6 +106,13 @@ def _meeting(labels: Sequence[Label], place: int) -> list[tuple[Label, Dim]]:
     return [(label, dim) for label, dim in found if not label.blank] or found
 
 
+def _tied(meeting: Sequence[tuple[Label, Dim]], otherwise: Dim) -> Dim:
+    """Tie the dimensions that meet; return one that has axes, if any has."""
+    for (_, one), (_, other) in pairwise(meeting):
+        tie(one, other, CONSTANT)
+    return next((dim for _, dim in meeting if any(axes_in([dim]))), meeting[0][1] if meeting else otherwise)
+
+
 def _rows_that_meet(trace: Trace, labels: list[Label]) -> list[Rows]:
     """Return the rows of shared parameters that two activations come from, such as the halves of a gated MLP."""
     active = [label for label in labels if label.active]
@@ -121,7 +126,7 @@ def _merged(trace: Trace, active: list[Label], dims: list[Dim], name: str, rows:
     linear = name in _LINEAR or all(not label.linear for label in active)
     sources = frozenset().union(*(label.sources for label in active))
     if name in ("add", "sub") and len(active) == 2 and active[0].sources != active[1].sources:
-        leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
+        leaves = leaves_of(dims)
         trace.added.update((source, leaf) for leaf in leaves for source in sources)
         own = [trace.bits(label.sources) for label in active]
         again = any(own[at] and own[at] & active[1 - at].past == own[at] for at in (0, 1))
@@ -131,7 +136,7 @@ def _merged(trace: Trace, active: list[Label], dims: list[Dim], name: str, rows:
     if name in _PRODUCTS and len(active) == 2:
         gate, value = (0, 1) if _gates(trace, *active) else (1, 0)
         for source in active[gate].sources - active[value].sources:
-            trace.gates.update((source, leaf) for axis in axes_in(dims) for leaf in axis.leaves())
+            trace.gates.update((source, leaf) for leaf in leaves_of(dims))
         if (rows and trace.gate(rows[gate], rows[value])) or active[0].sources != active[1].sources:
             for axis in axes_in(dims):
                 axis.mark("bent")
@@ -149,8 +154,24 @@ def _gates(trace: Trace, one: Label, other: Label) -> bool:
 
 # -- moving -------------------------------------------------------------------------------------------------------
 
+Move = Callable[[list[Dim], Any, Any, Any, str], Sequence[Dim]]
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
+
+def _moves(names: str) -> Callable[[Move], Move]:
+    """Register how operations from one tensor to another one move its dimensions."""
+
+    def register(move: Move) -> Move:
+        @rule(names)
+        def moved(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+            label = trace.label(args[0])
+            trace.set(result, like(label, move(list(label.dims), args, kwargs, result, name)))
+
+        return move
+
+    return register
+
+
+@rule("view _unsafe_view reshape _reshape_alias unflatten flatten")
 def _view(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
     if args[0].dtype != result.dtype and args[0].shape != result.shape:
@@ -159,87 +180,66 @@ def _view(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     return None
 
 
-@rule("as_strided")
-def _as_strided(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+@_moves("as_strided")
+def _as_strided(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
     """Takes windows of some dimensions; those that keep their length and stride stay what they were."""
-    label = trace.label(args[0])
     places = {each: place for place, each in enumerate(zip(args[0].shape, args[0].stride(), strict=True))}
     whence = [places.get(each) for each in zip(result.shape, result.stride(), strict=True)]
-    for place, dim in enumerate(label.dims):
+    for place, dim in enumerate(dims):
         if place not in whence:
             fix(dim, "windows of it are taken")
     windows = plain(result)
-    trace.set(
-        result, like(label, [windows[at] if place is None else label.dims[place] for at, place in enumerate(whence)])
-    )
+    return [windows[at] if place is None else dims[place] for at, place in enumerate(whence)]
 
 
-@rule("permute")
-def _permute(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    trace.set(result, like(label, [label.dims[place] for place in args[1]]))
+@_moves("permute")
+def _permute(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
+    return [dims[place] for place in args[1]]
 
 
-@rule("transpose", "t", "numpy_T")
-def _transpose(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    dims = list(label.dims)
+@_moves("transpose t numpy_T")
+def _transpose(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
     if len(dims) > 1:
         a, b = args[1:3] if len(args) > 2 else (0, 1)
         dims[a], dims[b] = dims[b], dims[a]
-    trace.set(result, like(label, dims))
+    return dims
 
 
-@rule("view_as_complex", "view_as_real")
-def _pairs(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    dims = list(label.dims)
-    if name == "view_as_complex":
-        fix(dims.pop(), "real and imaginary parts are told apart by their places")
-    trace.set(result, like(label, dims if name == "view_as_complex" else [*dims, (2,)]))
+@_moves("view_as_complex view_as_real")
+def _pairs(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
+    if name == "view_as_real":
+        return [*dims, (2,)]
+    fix(dims.pop(), "real and imaginary parts are told apart by their places")
+    return dims
 
 
-@rule("expand")
-def _expand(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    new = result.dim() - len(label.dims)
-    dims: list[Dim] = []
-    for place, size in enumerate(result.shape):
-        old = label.dims[place - new] if place >= new else ()
-        # What is the same everywhere fits any axis; where its number is written out, the run of a cut copy tells.
-        dims.append(old if length(old) == size else (Axis(size),))
-    trace.set(result, like(label, dims))
+@_moves("expand")
+def _expand(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
+    old = [()] * (result.dim() - len(dims)) + dims
+    # What is the same everywhere fits any axis; where its number is written out, the run of a cut copy tells.
+    return [dim if length(dim) == size else (Axis(size),) for dim, size in zip(old, result.shape, strict=True)]
 
 
-@rule("unsqueeze")
-def _unsqueeze(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    dims = list(label.dims)
+@_moves("unsqueeze")
+def _unsqueeze(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
     dims.insert(args[1] % result.dim(), ())
-    trace.set(result, like(label, dims))
+    return dims
 
 
-@rule("squeeze")
-def _squeeze(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    rank = len(label.dims)
-    given = args[1] if len(args) > 1 else range(rank)
-    places = (
-        {place % rank for place in (given if isinstance(given, list | tuple | range) else [given])} if rank else set()
-    )
-    dims = [dim for place, dim in enumerate(label.dims) if not (place in places and args[0].shape[place] == 1)]
-    trace.set(result, like(label, dims))
+@_moves("squeeze")
+def _squeeze(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
+    given = args[1] if len(args) > 1 else range(len(dims))
+    places = {place % max(1, len(dims)) for place in (given if isinstance(given, list | tuple | range) else [given])}
+    return [dim for place, dim in enumerate(dims) if not (place in places and args[0].shape[place] == 1)]
 
 
 @rule("slice")
 def _slice(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    dim = argument(args, kwargs, 1, "dim", 0)
     size = args[0].shape[dim]
-    step = args[4] if len(args) > 4 else kwargs.get("step", 1)
-    start = args[2] if len(args) > 2 else kwargs.get("start")
-    stop = args[3] if len(args) > 3 else kwargs.get("end")
-    start, stop, step = slice(start, stop, step).indices(size)
+    bounds = (argument(args, kwargs, 2 + at, word, None) for at, word in enumerate(("start", "end", "step")))
+    start, stop, step = slice(*bounds).indices(size)
     dims = list(label.dims)
     if step == 1:
         trace.slices(label, dims[dim])
@@ -253,47 +253,30 @@ def _slice(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
     trace.set(result, like(label, dims))
 
 
-@rule("unfold")
-def _unfold(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    dims = list(label.dims)
+@_moves("unfold")
+def _unfold(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
     place = args[1] % len(dims)
     fix(dims[place], "windows of it are taken")
-    dims[place] = (result.shape[place],) if result.shape[place] > 1 else ()
-    trace.set(result, like(label, [*dims, (args[2],) if args[2] > 1 else ()]))
+    dims[place] = dim_of(result.shape[place])
+    return [*dims, dim_of(args[2])]
 
 
-@rule("select")
-def _select(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    dims = list(label.dims)
-    rank = len(dims)
-    dim = dims.pop(args[1] % rank)
-    trace.set(result, _taken(label, dims, dim, args[2]))
-
-
-def _taken(label: Label, dims: Sequence[Dim], dim: Dim, place: int) -> Label:
-    """Return the label after selecting one index of a dimension."""
-    fix(dim, "a channel of it is taken by its place")
-    axes = list(axes_in([tuple(factors_of(dim))]))
-    places = (*label.places, (axes[0], place % length(dim))) if len(axes) == 1 else label.places
-    return replace(label, dims=list(dims), places=places)
-
-
-@rule("unbind")
+@rule("select unbind")
 def _unbind(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(label.dims)
     dims = list(label.dims)
-    taken = dims.pop(dim)
-    for place, each in enumerate(result):
-        trace.set(each, _taken(label, dims, taken, place))
+    taken = dims.pop(argument(args, kwargs, 1, "dim", 0) % len(dims))
+    fix(taken, "a channel of it is taken by its place")
+    axes = list(axes_in([tuple(factors_of(taken))]))
+    for place, each in enumerate(result) if name == "unbind" else [(args[2] % length(taken), result)]:
+        places = (*label.places, (axes[0], place)) if len(axes) == 1 else label.places
+        trace.set(each, replace(label, dims=list(dims), places=places))
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy", "split_with_sizes_copy")
+@rule("split split_with_sizes chunk unsafe_split unsafe_chunk split_copy split_with_sizes_copy")
 def _split(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(label.dims)
+    dim = argument(args, kwargs, 2, "dim", 0) % len(label.dims)
     start = 0
     for each in result:
         dims = list(label.dims)
@@ -307,21 +290,20 @@ def _split(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
             trace.pair(trace.label(one).dims[dim], trace.label(other).dims[dim])
 
 
-@rule("cat", "concat")
+@rule("cat concat")
 def _cat(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     tensors = [tensor for tensor in args[0] if not (tensor.dim() == 1 and tensor.shape[0] == 0)]
     labels = [trace.label(each, joined=True) for each in tensors]
-    rank = result.dim()
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
+    dim = argument(args, kwargs, 1, "dim", 0) % result.dim()
     _join(trace, labels, dim, result, lambda: concatenate([label.dims[dim] for label in labels]))
 
 
 @rule("stack")
 def _stack(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     labels = [trace.label(tensor) for tensor in args[0]]
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.dim()
+    dim = argument(args, kwargs, 1, "dim", 0) % result.dim()
     widened = [like(label, [*label.dims[:dim], (), *label.dims[dim:]]) for label in labels]
-    _join(trace, widened, dim, result, lambda: (len(labels),) if len(labels) > 1 else ())
+    _join(trace, widened, dim, result, lambda: dim_of(len(labels)))
 
 
 def _join(trace: Trace, labels: list[Label], dim: int, result: Tensor, along: Callable[[], Dim]) -> None:
@@ -330,12 +312,9 @@ def _join(trace: Trace, labels: list[Label], dim: int, result: Tensor, along: Ca
         if place == dim:
             dims.append(along())
             continue
-        for (_, one), (_, other) in pairwise(_meeting(labels, place - result.dim())):
-            tie(one, other, CONSTANT)
+        dims.append(_tied(_meeting(labels, place - result.dim()), labels[0].dims[place]))
         for label in labels:
             trace.note(label, place, "added")
-        with_axes = [label.dims[place] for label in labels if any(True for _ in axes_in([label.dims[place]]))]
-        dims.append(with_axes[0] if with_axes else labels[0].dims[place])
     active = [label for label in labels if not label.parameter]
     sources = frozenset().union(*(label.sources for label in active or labels))
     made = Label(dims, sources, all(label.linear for label in labels), not active, past_of(labels))
@@ -344,40 +323,34 @@ def _join(trace: Trace, labels: list[Label], dim: int, result: Tensor, along: Ca
     trace.set(result, made)
 
 
-@rule("repeat")
-def _repeat(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    new = result.dim() - len(label.dims)
-    dims: list[Dim] = []
-    for place, times in enumerate(args[1]):
-        old = label.dims[place - new] if place >= new else ()
-        dims.append((*((times,) if times > 1 else ()), *old))
-    trace.set(result, like(label, dims))
+@_moves("repeat")
+def _repeat(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
+    old = [()] * (result.dim() - len(dims)) + dims
+    return [(*dim_of(times), *dim) for times, dim in zip(args[1], old, strict=True)]
 
 
-@rule("roll", "flip", "rot90")
-def _roll(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    given = (args[2] if len(args) > 2 else kwargs.get("dims", [])) if name == "roll" else args[1]
-    dims = list(label.dims)
+@_moves("roll flip rot90")
+def _roll(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
+    given = argument(args, kwargs, 2, "dims", []) if name == "roll" else args[1]
     for place in [given] if isinstance(given, int) else given or range(len(dims)):
         fix(dims[place], f"{name} moves it")
-        dims[place] = (length(dims[place]),) if length(dims[place]) > 1 else ()
-    trace.set(result, like(label, dims))
+        dims[place] = dim_of(length(dims[place]))
+    return dims
 
 
-@rule("constant_pad_nd", "pad")
-def _pad(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    label = trace.label(args[0])
-    dims = list(label.dims)
+@_moves("constant_pad_nd pad")
+def _pad(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
     for place, size in enumerate(result.shape):
         if size != args[0].shape[place]:
             fix(dims[place], "it is padded")
-            dims[place] = (size,) if size > 1 else ()
-    trace.set(result, like(label, dims))
+            dims[place] = dim_of(size)
+    return dims
 
 
-@rule("index_add", "index_copy", "index_put", "_index_put_impl", "scatter", "scatter_add", "scatter_reduce")
+_CHOSEN = "its channels are chosen by number"
+
+
+@rule("index_add index_copy index_put _index_put_impl")
 def _put(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     """Scatters rows by index: the dimensions behind the indexed ones are tied."""
     label = trace.label(args[0])
@@ -392,8 +365,8 @@ def _put(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     for place in range(-len(dims), 0):
         known = -place <= len(new.dims)
         if place < chosen - len(dims):
-            fix(dims[place], "its channels are chosen by number")
-            fix(new.dims[place] if known else (), "its channels are chosen by number")
+            fix(dims[place], _CHOSEN)
+            fix(new.dims[place] if known else (), _CHOSEN)
         elif known and length(new.dims[place]) > 1:
             tie(dims[place], new.dims[place], CONSTANT)
             dims[place] = new.dims[place]
@@ -410,41 +383,39 @@ def _run(index: Tensor, size: int) -> tuple[int, int] | None:
     return (first, first + len(index)) if others == list(range(first + 1, first + len(index))) else None
 
 
-@rule("embedding", "index_select", "gather", "index", "_unsafe_index", "take")
+@rule("embedding")
+def _embedding(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    fix(label.dims[0], "its channels are looked up")
+    trace.note(label, 1, "produces")
+    trace.set(result, Label([*trace.label(args[1]).dims, label.dims[1]], label.sources, past=label.past))
+
+
+@_moves("index_select")
+def _index_select(dims: list[Dim], args: Any, kwargs: Any, result: Any, name: str) -> Sequence[Dim]:
+    place = args[1] % len(dims)
+    fix(dims[place], _CHOSEN)
+    dims[place] = dim_of(result.shape[place])
+    return dims
+
+
+@rule("index _unsafe_index")
 def _index(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    if name == "embedding":
-        fix(label.dims[0], "its channels are looked up")
-        trace.note(label, 1, "produces")
-        trace.set(result, Label([*trace.label(args[1]).dims, label.dims[1]], label.sources, past=label.past))
-        return
-    if name == "index_select":
-        dims = list(label.dims)
-        place = args[1] % len(dims)
-        fix(dims[place], "its channels are chosen by number")
-        dims[place] = (result.shape[place],) if result.shape[place] > 1 else ()
-        trace.set(result, like(label, dims))
-        return
-    if name in ("index", "_unsafe_index"):
-        indices = list(args[1]) + [None] * (len(label.dims) - len(args[1]))
-        places = [place for place, index in enumerate(indices) if index is not None]
-        boolean = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-        if len(places) == 1 and not boolean:
-            dims, place = list(label.dims), places[0]
-            run = _run(indices[place], args[0].shape[place])
-            if run is not None:  # a slice, written as numbers
-                dims[place] = cut_out(dims[place], *run)
-                trace.set(result, like(label, dims))
-                return
-        if not boolean and places:
-            for place in places:
-                fix(label.dims[place], "its channels are chosen by number")
-            rank = max(indices[place].dim() for place in places)
-            apart = places != list(range(places[0], places[-1] + 1))
-            at = 0 if apart else places[0]
-            kept = [dim for place, dim in enumerate(label.dims) if place not in places]
-            shape = tuple(result.shape[at : at + rank])
-            dims = [*kept[:at], *((size,) if size > 1 else () for size in shape), *kept[at:]]
-            trace.set(result, like(label, dims))
-            return
-    unknown(trace, args, kwargs, result, name)
+    dims = list(label.dims)
+    indices = {place: index for place, index in enumerate(args[1]) if index is not None}
+    first, last = min(indices, default=0), max(indices, default=0)
+    if not indices or any(index.dtype in (torch.bool, torch.uint8) for index in indices.values()):
+        return unknown(trace, args, kwargs, result, name)
+    run = _run(indices[first], args[0].shape[first]) if len(indices) == 1 else None
+    if run is not None:  # a slice, written as numbers
+        dims[first] = cut_out(dims[first], *run)
+    else:
+        for place in indices:
+            fix(dims[place], _CHOSEN)
+        rank = max(index.dim() for index in indices.values())
+        at = first if last - first + 1 == len(indices) else 0
+        kept = [dim for place, dim in enumerate(dims) if place not in indices]
+        dims = [*kept[:at], *map(dim_of, result.shape[at : at + rank]), *kept[at:]]
+    trace.set(result, like(label, dims))
+    return None

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from upop.pruning.axes.axis import Dim, axes_in, cut_out, fix, length, regroup, tie
+from upop.pruning.axes.axis import Dim, axes_in, cut_out, dim_of, fix, length, regroup, tie
 from upop.pruning.axes.label import Label
 from upop.pruning.axes.mode import tensors_in
-from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, unknown
+from upop.pruning.axes.rule import CONSTANT, argument, like, past_of, rule, unknown
 from upop.pruning.axes.trace import Trace
 
 # -- sums ---------------------------------------------------------------------------------------------------------
@@ -23,15 +23,15 @@ _MOMENTS = ("mean", "var", "std", "var_mean", "std_mean")
 
 
 @rule(
-    *("mean", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "logsumexp"),
-    *("sum", "prod", "any", "all", "linalg_vector_norm", "norm", "median", "count_nonzero", "nansum"),
+    "mean amax amin max min argmax argmin var std var_mean std_mean logsumexp sum prod any all linalg_vector_norm "
+    "norm median count_nonzero nansum"
 )
 def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
     outputs = tensors_in(result)
     rank = len(label.dims)
     place = 2 if name in ("linalg_vector_norm", "norm") else 1
-    given = args[place] if len(args) > place else kwargs.get("dim")
+    given = argument(args, kwargs, place, "dim", None)
     places = {each % rank for each in ([given] if isinstance(given, int) else given or range(rank))} if rank else set()
     for each in places:
         if name not in _SUMS:
@@ -48,38 +48,25 @@ def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
         )
 
 
-@rule(
-    "_softmax",
-    "_log_softmax",
-    "_safe_softmax",
-    "softmax",
-    "cumsum",
-    "cumprod",
-    "sort",
-    "topk",
-    "argsort",
-    "logcumsumexp",
-)
+@rule("_softmax _log_softmax _safe_softmax softmax cumsum cumprod sort topk argsort logcumsumexp")
 def _along(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    place = 2 if name == "topk" else 1
-    given = args[place] if len(args) > place else kwargs.get("dim", -1)
-    dims = list(label.dims)
-    fix(dims[given], f"{name.strip('_')} is taken over it")
+    given = argument(args, kwargs, 2 if name == "topk" else 1, "dim", -1)
+    fix(label.dims[given], f"{name.strip('_')} is taken over it")
     for output in tensors_in(result):
-        here = list(dims)
-        here[given] = (output.shape[given],) if output.shape[given] > 1 else ()
+        here = list(label.dims)
+        here[given] = dim_of(output.shape[given])
         trace.set(output, replace(label, dims=here, linear=False))
 
 
 # -- products -----------------------------------------------------------------------------------------------------
 
 
-@rule("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear")
+@rule("mm bmm addmm baddbmm mv addmv dot matmul linear")
 def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     added, (left, right) = (args[0], args[1:3]) if name in ("addmm", "baddbmm", "addmv") else (None, args[:2])
     if name == "linear":
-        added = args[2] if len(args) > 2 else kwargs.get("bias")
+        added = argument(args, kwargs, 2, "bias", None)
     a, b = trace.label(left), trace.label(right)
     if name in ("bmm", "baddbmm") or (a.parameter and b.parameter and (a.latent or b.latent)):
         a, b = _activation(a), _activation(b)
@@ -95,22 +82,20 @@ def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
         dims.append(b_dims[-1])
     if name in ("bmm", "baddbmm"):
         tie(a.dims[0], b.dims[0], CONSTANT)
-        if not any(True for _ in axes_in([dims[0]])):
+        if not any(axes_in([dims[0]])):
             dims[0] = b.dims[0]
-        _batched(trace, a, b, [dims[0]])
+        for axis in axes_in(dims[:1]) if a.parameter == b.parameter else ():
+            axis.mark("head")
     own = len(dims) - (len(b_dims) > 1)
     made = _produced(trace, a, dims[:own], b, dims[own:], dims, a.dims[-1])
     if added is not None:
+        _shift(trace, [added], made.dims)
         extra = trace.label(added)
-        for place in range(-len(extra.dims), 0):
-            if length(extra.dims[place]) > 1:
-                tie(extra.dims[place], made.dims[place], CONSTANT)
-                trace.note(extra, place, "added")
         made = replace(made, sources=made.sources | extra.sources, past=made.past | extra.past)
     trace.set(result, made)
 
 
-@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+@rule("_grouped_mm transformers::grouped_mm_fallback")
 def _grouped_product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     """Multiplies tokens, sorted by expert, by expert weights [experts, in, out]."""
     tokens, weights = trace.label(args[0]), trace.label(args[1])
@@ -160,12 +145,6 @@ def _contract(trace: Trace, a: Label, a_dim: Dim, b: Label, b_dim: Dim) -> None:
             axis.mark("dimension")
 
 
-def _batched(trace: Trace, a: Label, b: Label, dims: Sequence[Dim]) -> None:
-    if a.parameter == b.parameter:
-        for axis in axes_in(dims):
-            axis.mark("head")
-
-
 def _produced(
     trace: Trace, a: Label, a_dims: Sequence[Dim], b: Label, b_dims: Sequence[Dim], dims: list[Dim], over: Dim
 ) -> Label:
@@ -194,7 +173,7 @@ def _produced(
     return Label(dims, a.sources | b.sources, a.linear and b.linear, past=past, attends=summed)
 
 
-@rule("convolution", "_convolution", "conv2d", "conv1d", "conv3d", "mkldnn_convolution")
+@rule("convolution _convolution conv2d conv1d conv3d mkldnn_convolution")
 def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     inputs, weight, bias = args[:3]
     transposed, groups = args[6], args[8]
@@ -218,9 +197,8 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
         made = (*outer[0], *outer[1])
     sources, past = x.sources if groups > 1 and length(channels) == groups else w.sources, x.past | w.past
     if isinstance(bias, Tensor):
+        _shift(trace, [bias], [made])
         extra = trace.label(bias)
-        tie(extra.dims[0], made, CONSTANT)
-        trace.note(extra, 0, "added")
         sources, past = sources | extra.sources, past | extra.past
     spatial: list[Dim] = []
     for place, dim in enumerate(x.dims[2:]):
@@ -228,7 +206,7 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
             spatial.append(dim)
             continue
         fix(dim, "a convolution moves over it")
-        spatial.append((result.shape[2 + place],) if result.shape[2 + place] > 1 else ())
+        spatial.append(dim_of(result.shape[2 + place]))
     mixes = trace.opens(x.sources, spatial)  # what made these axes still does
     sources |= x.sources if mixes else frozenset()
     linear = not mixes or (x.linear and bias is None)
@@ -237,13 +215,9 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
 
 
 @rule(
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention"),
-    *(
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_attention_math",
-    ),
-    *("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention", "flex_attention"),
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math "
+    "_scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention flex_attention"
 )
 def _attention(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     labels = [replace(trace.label(each), parameter=False, latent=False) for each in args[:3]]
@@ -277,64 +251,55 @@ def _attention(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> 
 # -- normalisation ------------------------------------------------------------------------------------------------
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm layer_norm _fused_rms_norm rms_norm")
 def _layer_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    outputs = tensors_in(result)
-    count = len(args[1])
-    for dim in label.dims[-count:]:
+    over = label.dims[-len(args[1]) :]
+    for dim in over:
         fix(dim, "it is normalised over", bars=False)
         trace.norm(dim)
-    for each in args[2:4]:
-        if isinstance(each, Tensor):
-            own = trace.label(each)
-            for place in range(-count, 0):
-                tie(own.dims[place], label.dims[place], CONSTANT)
-                trace.note(own, place, "added")
-    trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False, parameter=False))
+    _shift(trace, args[2:4], over)
+    trace.set(tensors_in(result)[0], replace(label, dims=list(label.dims), linear=False, parameter=False))
 
 
 @rule(
-    "native_batch_norm",
-    "_native_batch_norm_legit_no_training",
-    "_native_batch_norm_legit",
-    "cudnn_batch_norm",
-    "_batch_norm_with_update",
-    "_batch_norm_no_update",
-    "batch_norm",
+    "native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm "
+    "_batch_norm_with_update _batch_norm_no_update batch_norm"
 )
 def _batch_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    outputs = tensors_in(result)
-    for each in args[1:5]:
-        if isinstance(each, Tensor):
-            own = trace.label(each)
-            tie(own.dims[0], label.dims[1], CONSTANT)
-            trace.note(own, 0, "added")
-    trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False))
+    _shift(trace, args[1:5], label.dims[1:2])
+    trace.set(tensors_in(result)[0], replace(label, dims=list(label.dims), linear=False))
 
 
-@rule("native_group_norm", "group_norm")
+@rule("native_group_norm group_norm")
 def _group_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
     groups = args[6]
     parts = regroup([label.dims[1]], (groups, length(label.dims[1]) // groups))
     fix(parts[1], "it is normalised over")
-    for each in args[1:3]:
-        if isinstance(each, Tensor):
-            own = trace.label(each)
-            tie(own.dims[0], label.dims[1], CONSTANT)
-            trace.note(own, 0, "added")
+    _shift(trace, args[1:3], label.dims[1:2])
     outputs = tensors_in(result)
     trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False))
     for each in outputs[1:]:
         trace.set(each, Label([label.dims[0], parts[0]]))
 
 
+def _shift(trace: Trace, tensors: Sequence[Any], dims: Sequence[Dim]) -> None:
+    """Tie biases, and the weights of norms, to the last of the dimensions that they act on."""
+    for each in tensors:
+        if isinstance(each, Tensor):
+            own = trace.label(each)
+            for place in range(-len(own.dims), 0):
+                if length(own.dims[place]) > 1:
+                    tie(own.dims[place], dims[place], CONSTANT)
+                    trace.note(own, place, "added")
+
+
 @rule("glu")
 def _glu(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % len(label.dims)
+    dim = argument(args, kwargs, 1, "dim", -1) % len(label.dims)
     half = result.shape[dim]
     one, other = cut_out(label.dims[dim], 0, half), cut_out(label.dims[dim], half, 2 * half)
     trace.gate(trace.rows(label, [other]), trace.rows(label, [one]))
@@ -347,20 +312,9 @@ def _glu(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
 
 
 @rule(
-    "max_pool2d_with_indices",
-    "avg_pool2d",
-    "_adaptive_avg_pool2d",
-    "adaptive_max_pool2d",
-    "upsample_bilinear2d",
-    "upsample_bicubic2d",
-    "upsample_nearest2d",
-    "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-    "avg_pool1d",
-    "max_pool3d_with_indices",
-    "reflection_pad2d",
-    "grid_sampler_2d",
-    "upsample_linear1d",
+    "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_bilinear2d "
+    "upsample_bicubic2d upsample_nearest2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa avg_pool1d "
+    "max_pool3d_with_indices reflection_pad2d grid_sampler_2d upsample_linear1d"
 )
 def _over_places(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
@@ -368,12 +322,10 @@ def _over_places(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
         fix(dim, f"{name} moves over it")
     for output in tensors_in(result):
         if output.dim() == len(label.dims):
-            trace.set(
-                output, like(label, [*label.dims[:2], *((size,) if size > 1 else () for size in output.shape[2:])])
-            )
+            trace.set(output, like(label, [*label.dims[:2], *map(dim_of, output.shape[2:])]))
 
 
-@rule("im2col", "col2im")
+@rule("im2col col2im")
 def _windows(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     """Unfolds windows into channels, or folds them back."""
     label = trace.label(args[0])
@@ -385,4 +337,4 @@ def _windows(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
     else:
         made, rest = regroup([channels], (length(channels) // window, window))
         fix(rest, f"{name} sums over it")
-    trace.set(result, like(label, [label.dims[0], made, *((size,) if size > 1 else () for size in result.shape[2:])]))
+    trace.set(result, like(label, [label.dims[0], made, *map(dim_of, result.shape[2:])]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from upop.pruning.again import drawing_the_same, uncompiled
 from upop.pruning.axes.candidates import Candidate
@@ -46,16 +46,15 @@ class Precise(Mode):
         written = name_of(func).endswith("_")
         kept = args[:1] if written else ()
         if any(self._raised(each) is not each for each in tensors_in(args)):
-            args = (*kept, *tree_map(self._raised, args[len(kept) :]))
+            args = (*kept, *tree_map_only(Tensor, self._raised, args[len(kept) :]))
         asked = kwargs.get("dtype")
         if asked is not None and asked.is_floating_point:
             kwargs = {**kwargs, "dtype": self._dtype}
         return defined(func)(*args, **kwargs)
 
-    def _raised(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < self._dtype.itemsize:
-            return value.to(self._dtype)
-        return value
+    def _raised(self, value: Tensor) -> Tensor:
+        low = value.is_floating_point() and value.dtype.itemsize < self._dtype.itemsize
+        return value.to(self._dtype) if low else value
 
     def __enter__(self) -> Any:
         """Compute in the precision from now on."""
@@ -110,13 +109,11 @@ class Bench:
 
     def _fit(self) -> None:
         self._dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
-
-        def as_precise(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return with_memory(value).to(self._dtype if value.is_floating_point() else value.dtype)
-
-        self._example = tree_map(as_precise, self._given)
+        self._example = tree_map_only(
+            Tensor,
+            lambda each: with_memory(each).to(self._dtype if each.is_floating_point() else each.dtype),
+            self._given,
+        )
         self._spreads: dict[tuple[str, ...], list[list[float]]] = {}
 
     def outputs(self) -> list[tuple[str, Tensor]]:

@@ -46,15 +46,12 @@ def read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
 
 
 def _read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
-    try:
-        shapes = Shapes(model, example, run=False)
-        trace, chosen, skipped = _candidates(model, shapes)
-    except LayoutError:  # it asks for numbers, or does not run at all
-        shapes = Shapes(model, example)
-        trace, chosen, skipped = _candidates(model, shapes)
+    shapes, trace = traced(model, example)
+    chosen, skipped = _candidates(model, trace)
     if shapes.mode is None:  # numbers say where the forward goes, and a cut must not change them
         shapes.silent = {part.tensor for each in chosen for part in each.group.slices if not part.produces}
-        trace, chosen, skipped = _candidates(model, shapes)
+        trace = _traced(shapes)
+        chosen, skipped = _candidates(model, trace)
     proof = Proof(model, example, shapes, trace)
     proved: list[Candidate] = []
     lost: list[tuple[str, str]] = []
@@ -80,12 +77,13 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
     cut = {part.tensor for each in proved for part in each.group.slices}
     skipped = [each for each in skipped if not _whole(model, each.name, cut)]
     skipped += [Skipped(name, reason) for name, reason in proof.alike.items()]
+    return in_order(model, (replace(each.group, proved=True) for each in proved)), skipped
+
+
+def in_order(model: nn.Module, groups: Iterable[Group]) -> list[Group]:
+    """Return groups in the order of the parameters of a model."""
     places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    groups = sorted(
-        (replace(each.group, proved=True) for each in proved),
-        key=lambda group: min(places[part.tensor] for part in group.producers),
-    )
-    return groups, skipped
+    return sorted(groups, key=lambda group: min(places.get(part.tensor, 0) for part in group.producers))
 
 
 def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
@@ -98,9 +96,8 @@ def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
     return bool(weights) and cut.issuperset(weights)
 
 
-def _candidates(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:
-    """Return the trace, the candidates, and the rejected components with reasons."""
-    trace = traced(shapes)
+def _candidates(model: nn.Module, trace: Trace) -> tuple[list[Candidate], list[Skipped]]:
+    """Return the candidates, and the rejected components with reasons."""
     shared = shared_tensors(model)
     chosen: list[Candidate] = []
     skipped: list[Skipped] = []
@@ -109,10 +106,24 @@ def _candidates(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate
             chosen.append(candidate(model, trace, component, shared))
         except NotCuttableError as reason:
             skipped.append(Skipped(component.producers[0].use.name.rpartition(".")[0], str(reason)))
-    return trace, named_apart(chosen), skipped
+    return named_apart(chosen), skipped
 
 
-def traced(shapes: Shapes) -> Trace:
+def traced(model: nn.Module, example: Any) -> tuple[Shapes, Trace]:
+    """Trace a model on tensors without numbers, or with them if its forward asks for them.
+
+    Raises:
+        LayoutError: the model cannot be run with the example, or not be followed.
+    """
+    try:
+        shapes = Shapes(model, example, run=False)
+        return shapes, _traced(shapes)
+    except LayoutError:
+        shapes = Shapes(model, example)
+        return shapes, _traced(shapes)
+
+
+def _traced(shapes: Shapes) -> Trace:
     """Trace a model once on fake tensors; repeat it if the forward writes to a buffer."""
     written: set[str] = set()
     while True:

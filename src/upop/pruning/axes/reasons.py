@@ -8,32 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from upop.pruning.axes.axis import Axis, Dim, length
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import written_out
 from upop.pruning.axes.label import Step
-from upop.pruning.axes.mode import name_of, tensors_in
+from upop.pruning.axes.mode import Mode, name_of, tensors_in
 from upop.pruning.axes.proof import Bench
 from upop.pruning.axes.settle import COPIES, plain_name
 from upop.pruning.axes.trace import Trace
 from upop.pruning.groups import around
 
 
-class _Zeros(TorchDispatchMode):
+class _Zeros(Mode):
     """Finds the first operation that gets zeros along an axis and outputs nonzero values."""
 
     def __init__(self, steps: Sequence[Step], axis: Axis, pruned: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._steps = [step for step in steps if plain_name(step.name) not in COPIES]
         self._axis, self._pruned = axis.root, pruned
         self._at = 0
         self.found: Step | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        result = func(*args, **(kwargs or {}))
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and compare what comes out with what went in."""
+        result = func(*args, **kwargs)
         outputs = tensors_in(result)
         name = plain_name(name_of(func))
         if not outputs or name in COPIES or self.found or self._at >= len(self._steps):

@@ -8,6 +8,7 @@ run gets further.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.idle import Idle, resting
 from upop.pruning.axes.label import Step
-from upop.pruning.axes.mode import Mode, name_of, tensors_in
+from upop.pruning.axes.mode import Mode, kept_by, name_of, tensors_in
 from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class, numbers_of
 from upop.pruning.axes.trace import Trace, inside_modules
@@ -80,14 +81,14 @@ class _Follower(Mode):
         self._steps, self._sizes, self._skipped, self._last = steps, sizes, skipped, last
         self.at = 0
         self.off = ""
-        self.stack: list[str] = []
+        self.stack = [""]
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and compare its outputs."""
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         name = plain_name(name_of(func))
-        if not outputs or name in COPIES or _inside(self.stack[-1] if self.stack else "", self._skipped):
+        if not outputs or name in COPIES or self._rests(self.stack[-1]):
             return result
         self.go_on()
         if self.at > self._last:
@@ -110,9 +111,12 @@ class _Follower(Mode):
     def go_on(self) -> None:
         """Skip to the next operation that is compared."""
         while self.at < len(self._steps) and (
-            _inside(self._steps[self.at].module, self._skipped) or plain_name(self._steps[self.at].name) in COPIES
+            self._rests(self._steps[self.at].module) or plain_name(self._steps[self.at].name) in COPIES
         ):
             self.at += 1
+
+    def _rests(self, module: str) -> bool:
+        return any(module == path or module.startswith(f"{path}.") for path in self._skipped)
 
 
 def plain_name(name: str) -> str:
@@ -125,27 +129,16 @@ def _long(shape: Sequence[int]) -> list[int]:
     return sorted(size for size in shape if size != 1)
 
 
-def _inside(module: str, paths: Iterable[str]) -> bool:
-    return any(module == path or module.startswith(f"{path}.") for path in paths)
-
-
 def now(dim: Dim, sizes: Mapping[Axis, int]) -> int:
     """Return the length of a dimension for given axis sizes."""
-    total = 1
-    for factor in dim:
-        total *= _now(factor, sizes) if isinstance(factor, Axis) else factor
-    return total
+    return math.prod(_now(factor, sizes) if isinstance(factor, Axis) else factor for factor in dim)
 
 
 def _now(axis: Axis, sizes: Mapping[Axis, int]) -> int:
     root = axis.root
     if not root.parts:
         return sizes.get(root, root.size)
-    lengths = [_now(part, sizes) for part in root.parts]
-    total = 1
-    for each in lengths:
-        total *= each
-    return sum(lengths) if root.joined == "row" else total
+    return (sum if root.joined == "row" else math.prod)(_now(part, sizes) for part in root.parts)
 
 
 def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
@@ -398,12 +391,8 @@ def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
 
 def kept_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield the integers that a module stores, with names for `number_of`."""
-    for name, value in vars(module).items():
-        if name not in _OF_MODULES:
-            yield from _numbers_in(name, value, 2)
-
-
-_OF_MODULES = frozenset(vars(nn.Module()))
+    for name, value in kept_by(module).items():
+        yield from _numbers_in(name, value, 2)
 
 
 def _numbers_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:

@@ -15,17 +15,23 @@ import torch
 from torch import nn
 
 from upop.pruning.again import random_numbers_kept
-from upop.pruning.axes.axis import axes_in, factors_of
-from upop.pruning.axes.candidates import Candidate, NotCuttableError, common, is_inner, ordered, slice_of
+from upop.pruning.axes.axis import factors_of, leaves_of
+from upop.pruning.axes.candidates import (
+    Candidate,
+    NotCuttableError,
+    common,
+    is_inner,
+    ordered,
+    refuse_obstacles,
+    slice_of,
+)
 from upop.pruning.axes.components import Component, components
-from upop.pruning.axes.copies import Shapes, numbered
-from upop.pruning.axes.obstacles import obstacle
+from upop.pruning.axes.copies import numbered
 from upop.pruning.axes.proof import Bench, at_random
-from upop.pruning.axes.reader import traced
+from upop.pruning.axes.reader import in_order, traced
 from upop.pruning.axes.settle import kept_numbers
 from upop.pruning.axes.trace import Trace
 from upop.pruning.axes.tried import MOST_MEMORY, MOST_MULTIPLY_ADDS, Proof
-from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Attribute, Group, Skipped
 from upop.pruning.known import Prunable
 from upop.pruning.merged import all_tokens
@@ -50,21 +56,12 @@ def with_streams(model: nn.Module, example: Any, found: Prunable) -> Prunable:
         proved, skipped = _proved(model, example, found.groups)
     names = {each.name for each in skipped}
     left = [each for each in found.skipped if each.name not in names]
-    places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    groups = sorted(
-        (*found.groups, *proved), key=lambda group: min(places.get(part.tensor, 0) for part in group.producers)
-    )
-    return replace(found, groups=tuple(groups), skipped=(*left, *skipped))
+    return replace(found, groups=tuple(in_order(model, (*found.groups, *proved))), skipped=(*left, *skipped))
 
 
 def _proved(model: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[list[Group], list[Skipped]]:
     with random_numbers_kept():
-        try:
-            shapes = Shapes(model, example, run=False)
-            trace = traced(shapes)
-        except LayoutError:  # it asks for numbers
-            shapes = Shapes(model, example)
-            trace = traced(shapes)
+        shapes, trace = traced(model, example)
         chosen, skipped = _candidates(model, trace)
         wrong: dict[str, str] = {}
         proved = [replace(each.group, proved=True) for each in Proof(model, example, shapes, trace).of(chosen, wrong)]
@@ -114,10 +111,7 @@ def _stream(model: nn.Module, trace: Trace, component: Component, name: str, hol
         raise NotCuttableError(component.axis.barred)
     if momentum_encoders(model):
         raise NotCuttableError("the model has momentum encoders")
-    for part in component.parts:
-        reason = obstacle(model, part.use.name.rpartition(".")[0])
-        if reason:
-            raise NotCuttableError(reason)
+    refuse_obstacles(model, component)
     norms = _norms(model, trace, component)
     slices = []
     for part in ordered(component):
@@ -147,7 +141,7 @@ def _norms(model: nn.Module, trace: Trace, component: Component) -> tuple[str, .
     """
     found: dict[str, None] = {}
     for path, dim in trace.norms:
-        if component.axis not in {leaf for axis in axes_in([dim]) for leaf in axis.leaves()}:
+        if component.axis not in leaves_of([dim]):
             continue
         own = {name for name, _ in model.get_submodule(path).named_parameters(path)} if path else {""}
         scales = {part.use.name for part in component.parts if not part.roles & {"produces", "consumes"}}

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from upop.pruning.axes.axis import Axis, Dim, axes_in, doing, factors_of, fix, length, tie
+from upop.pruning.axes.axis import Axis, Dim, axes_in, doing, factors_of, fix, leaves_of, length, tie
 from upop.pruning.axes.label import Label, Made, Rows, Step, Use, plain
-from upop.pruning.axes.mode import Mode, leaves_in, name_of, tensors_in
+from upop.pruning.axes.mode import Mode, kept_by, leaves_in, name_of, tensors_in
+from upop.pruning.axes.rule import follow, past_of
 from upop.pruning.costs import flop_formulas
 from upop.pruning.errors import LayoutError
 
@@ -51,6 +53,8 @@ class Trace(Mode):
         gave: module name -> the outputs of each call, with tensors as `Made`.
         readers: parameter name -> the modules that read it.
         attending: modules that call torch's attention function.
+        query_rows: the positions of queries along dimensions of parameters.
+        silent_rows: the positions of gates.
         norms: modules that take a mean or a variance, and the dimensions that they take it over.
         multiply_adds: of all matrix products.
     """
@@ -63,7 +67,7 @@ class Trace(Mode):
         self.steps: list[Step] = []
         self.gates: set[tuple[str, Axis]] = set()
         self.added: set[tuple[str, Axis]] = set()
-        self.stack: list[str] = []
+        self.stack = [""]
         self.gave: dict[str, list[Any]] = {}
         self.readers: dict[str, set[str]] = {}
         self.attending: set[str] = set()
@@ -77,8 +81,8 @@ class Trace(Mode):
         self._bits: dict[str, int] = {}
         self._pairs: list[tuple[Dim, Dim]] = []
         self._sliced: dict[Axis, None] = {}
-        self._queries: dict[tuple[str, int], Tensor] = {}
-        self._silent: dict[tuple[str, int], Tensor] = {}
+        self.query_rows: Rows = {}
+        self.silent_rows: Rows = {}
 
     # -- what rules use -------------------------------------------------------------------------------------------
 
@@ -133,16 +137,11 @@ class Trace(Mode):
 
     def summed(self, leaf: Axis, past: int) -> bool:
         """Whether any of these parameters (bits) consumes an axis."""
-        return any(
-            "consumes" in use.roles.get(dim, ()) and leaf in set(axis.leaves())
-            for name, use in self.uses.items()
-            if self.bits([name]) & past
-            for dim, axis in enumerate(use.axes)
-        )
+        return _any_is((use for name, use in self.uses.items() if self.bits([name]) & past), "consumes", {leaf})
 
     def pair(self, one: Dim, other: Dim) -> None:
         """Tie axes after the run; until then, queries and keys stay distinguishable."""
-        if any(True for _ in axes_in([one])) and any(True for _ in axes_in([other])):
+        if any(axes_in([one])) and any(axes_in([other])):
             self._pairs.append((one, other))
             for axis in axes_in([one]):
                 axis.mark("attends")
@@ -155,30 +154,24 @@ class Trace(Mode):
 
     def norm(self, dim: Dim) -> None:
         """Take note that the module which is running takes a mean or a variance over a dimension."""
-        self.norms.append((self.stack[-1] if self.stack else "", dim))
+        self.norms.append((self.stack[-1], dim))
 
     def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
         """Whether any of these parameters produces an axis in `dims`, so that it is no token axis."""
-        leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
-        uses = [self.uses[name] for name in names]
-        return any(
-            "produces" in use.roles.get(dim, ()) and not leaves.isdisjoint(axis.leaves())
-            for use in uses
-            for dim, axis in enumerate(use.axes)
-        )
+        return _any_is((self.uses[name] for name in names), "produces", leaves_of(dims))
 
     def queries(self, label: Label, dim: Dim) -> None:
         """Record a tensor as queries with head dims `dim`, before they are tied to the keys."""
         with unset_fake_temporarily():  # these numbers are wanted
             for key, rows in self.rows(label, [dim]).items():
-                self._queries[key] = self._queries.get(key, torch.zeros_like(rows)) | rows
+                self.query_rows[key] = self.query_rows.get(key, torch.zeros_like(rows)) | rows
 
     def gate(self, gate: Rows, value: Rows) -> bool:
         """Record parameter rows that only gate other rows of the same parameters; return whether there are any."""
         with unset_fake_temporarily():
             alone = {key: rows & ~value[key] for key, rows in gate.items() if key in value}
             for key, rows in alone.items():
-                self._silent[key] = self._silent.get(key, torch.zeros_like(rows)) | rows
+                self.silent_rows[key] = self.silent_rows.get(key, torch.zeros_like(rows)) | rows
             return any(bool(rows.any()) for rows in alone.values())
 
     def rows(self, label: Label, dims: Iterable[Dim]) -> Rows:
@@ -199,14 +192,6 @@ class Trace(Mode):
                         found[name, dim] = rows
         return found
 
-    def query_rows(self, use: Use, dim: int) -> Tensor | None:
-        """Return the positions of queries along a parameter dimension; None if unknown."""
-        return self._queries.get((use.name, dim))
-
-    def silent_rows(self, use: Use, dim: int) -> Tensor | None:
-        """Return the positions of gates along a parameter dimension; None if unknown."""
-        return self._silent.get((use.name, dim))
-
     def finish(self, outputs: Iterable[Tensor], beside: Iterable[Tensor] = ()) -> None:
         """Fix the axes of the outputs, and tie the values of each attention to its queries and keys.
 
@@ -218,9 +203,10 @@ class Trace(Mode):
             for tensor in tensors:
                 for dim in self.label(tensor).dims:
                     fix(dim, "it leaves the model", bars=bars)
-        for label in self.kept():
-            for dim in label.dims:
-                fix(dim, "a module keeps it after the call")
+        for module in self._model.modules():
+            for label in (self._labels.get(each) for each in tree_leaves(kept_by(module)) if isinstance(each, Tensor)):
+                for dim in label.dims if label is not None else ():
+                    fix(dim, "a module keeps it after the call")
         for whole in self._sliced:
             row = whole.root
             if row.joined == "row" and len({part.size for part in row.parts}) == 1:
@@ -243,8 +229,7 @@ class Trace(Mode):
         """The indices of the steps that involve each leaf axis; valid after the run."""
         found: dict[Axis, list[int]] = {}
         for at, step in enumerate(self.steps):
-            dims = (*step.dims, *step.inputs)
-            for leaf in {leaf for each in dims for axis in axes_in(each or ()) for leaf in axis.leaves()}:
+            for leaf in leaves_of(dim for dims in (*step.dims, *step.inputs) for dim in dims or ()):
                 found.setdefault(leaf, []).append(at)
         return found
 
@@ -252,17 +237,14 @@ class Trace(Mode):
         """Record the role of a parameter dimension."""
         dim %= max(1, len(label.dims))
         for name in label.sources if label.parameter else ():
-            axes = self.uses[name].axes
-            for place, axis in enumerate(axes):
-                if set(axis.leaves()) & {leaf for f in label.dims[dim] if isinstance(f, Axis) for leaf in f.leaves()}:
+            for place, axis in enumerate(self.uses[name].axes):
+                if not leaves_of([label.dims[dim]]).isdisjoint(axis.leaves()):
                     self.uses[name].note(place, role)
 
     # -- running --------------------------------------------------------------------------------------------------
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation and its rule."""
-        from upop.pruning.axes.rules import follow
-
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         if any(each.is_nested for each in outputs):
@@ -276,7 +258,7 @@ class Trace(Mode):
         if name_of(func) in _WRITES:
             name = self._kept.get(_storage(args[0]), "")
             put = [dim for each in tensors_in(args[1:]) for dim in self.label(each).dims]
-            if name and name not in self._written and any(True for _ in axes_in(put)):
+            if name and name not in self._written and any(axes_in(put)):
                 raise WrittenError(name)
         counted = flop_formulas().get(getattr(func, "overloadpacket", None))
         self.multiply_adds += counted(*args, **kwargs, out_val=result) // 2 if counted else 0
@@ -287,7 +269,7 @@ class Trace(Mode):
         self.steps.append(
             Step(
                 name_of(func),
-                self.stack[-1] if self.stack else "",
+                self.stack[-1],
                 tuple(self._known(each) for each in outputs),
                 tuple(self._known(each) for each in given if isinstance(each, Tensor)),
                 tuple(each for each in given if isinstance(each, int | float)),
@@ -301,9 +283,7 @@ class Trace(Mode):
         """Keep the origin of outputs that the rule did not label."""
         new = [each for each in outputs if each not in self._labels]
         if new:
-            past = 0
-            for each in tensors_in((args, kwargs)):
-                past |= self.label(each).past
+            past = past_of([self.label(each) for each in tensors_in((args, kwargs))])
             for each in new:
                 self._labels[each] = Label(plain(each), past=past)
 
@@ -315,31 +295,20 @@ class Trace(Mode):
         for each in tensors_in((args, kwargs)):
             name = self._parameters.get(id(each))
             if name is not None:
-                self.readers.setdefault(name, set()).add(self.stack[-1] if self.stack else "")
+                self.readers.setdefault(name, set()).add(self.stack[-1])
                 owner = self._model.get_submodule(name.rpartition(".")[0])
-                inside = bool(self.stack) and self._names[owner] == self.stack[-1]
+                inside = self._names[owner] == self.stack[-1]
                 plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
-                if not (inside and plain and "forward" not in owner.__dict__) or self._fused(owner):
+                around = self._model.get_submodule(self._names[owner].rpartition(".")[0])
+                fused = isinstance(around, nn.TransformerEncoderLayer)  # in evaluation it may pass by its layers
+                if not (inside and plain and "forward" not in owner.__dict__) or fused:
                     self.use(name, each).direct = True
-
-    def _fused(self, layer: nn.Module) -> bool:
-        """Whether torch passes the weights to a fused kernel in evaluation, bypassing the forward of the layer."""
-        around = self._model.get_submodule(self._names[layer].rpartition(".")[0])
-        return isinstance(around, nn.TransformerEncoderLayer)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Trace the block, with the stack of running modules."""
         with inside_modules(self._model, self.stack, self.gave), _Attention(self), self:
             yield
-
-    def kept(self) -> Iterator[Label]:
-        """Yield the labels of tensors that modules keep as attributes, which cannot be followed further."""
-        for module in self._model.modules():
-            for name, value in vars(module).items():
-                if name not in ("_parameters", "_buffers", "_modules"):
-                    found = (self._labels.get(each) for each in tree_leaves(value) if isinstance(each, Tensor))
-                    yield from (label for label in found if label is not None)
 
 
 class _Attention(TorchFunctionMode):
@@ -352,11 +321,20 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         if func is F.multi_head_attention_forward:
-            self._trace.attending.add(self._trace.stack[-1] if self._trace.stack else "")
+            self._trace.attending.add(self._trace.stack[-1])
         return func(*args, **(kwargs or {}))
 
 
 _WRITES = {"copy_", "index_put_", "index_copy_", "index_add_", "scatter_", "masked_scatter_", "_index_put_impl_"}
+
+
+def _any_is(uses: Iterable[Use], role: str, leaves: set[Axis]) -> bool:
+    """Whether a parameter has a role for any of these axes."""
+    return any(
+        role in use.roles.get(dim, ()) and not leaves.isdisjoint(axis.leaves())
+        for use in uses
+        for dim, axis in enumerate(use.axes)
+    )
 
 
 def _storage(tensor: Tensor) -> int:
@@ -374,7 +352,7 @@ def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
 
 @contextmanager
 def inside_modules(model: nn.Module, stack: list[str], gave: dict[str, list[Any]] | None = None) -> Iterator[None]:
-    """Maintain `stack`, the dotted names of the running modules, innermost last; the model is left unchanged.
+    """Maintain `stack`, the dotted names of the running modules from "" on; the model is left unchanged.
 
     Outputs of modules are collected in `gave`.
     """
@@ -382,14 +360,15 @@ def inside_modules(model: nn.Module, stack: list[str], gave: dict[str, list[Any]
 
     def enter(module: nn.Module, args: Any) -> None:
         del args
-        stack.append(names.get(module, stack[-1] if stack else ""))
+        stack.append(names.get(module, stack[-1]))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         del args
-        if stack:
+        if len(stack) > 1:
             stack.pop()
         if gave is not None and module in names:
-            gave.setdefault(names[module], []).append(tree_map(_made, output))
+            made = tree_map_only(Tensor, lambda each: Made(tuple(each.shape), each.dtype), output)
+            gave.setdefault(names[module], []).append(made)
 
     hooks = nn.modules.module
     handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
@@ -400,18 +379,12 @@ def inside_modules(model: nn.Module, stack: list[str], gave: dict[str, list[Any]
             handle.remove()
 
 
-def _made(value: Any) -> Any:
-    return Made(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
-
-
 def user_line() -> str:
     """Return the innermost file and line outside of torch and upop."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if "/torch/" not in file and "/upop/pruning/" not in file and not file.startswith("<"):
             return f"{file.rpartition('site-packages/')[2]}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
         frame = frame.f_back
     return ""
