@@ -213,6 +213,15 @@ def test_a_block_that_ends_early_cuts_what_was_reached() -> None:
     optimizer.step()
 
 
+def test_a_loop_that_leaves_the_search_out_is_told() -> None:
+    model = VIT.build()
+    dense = upop.count_parameters(model)
+    with pytest.warns(UserWarning, match="no step.*compression.step"), upop.Compression(model, 0.5, 16, teacher=False):
+        loss_of(model(**batch(0))).backward()
+    assert traces(model) == []
+    assert upop.count_parameters(model) == dense
+
+
 def test_a_loop_that_leaves_the_teacher_out_is_told() -> None:
     model = VIT.build()
     compression = upop.Compression(model, 0.5, STEPS)

@@ -263,6 +263,11 @@ class Compression:
         if self.searching and self.pruner is not None and self.pruner.steps_done:
             known = [each for reference in self._stepping if (each := reference()) is not None]
             self._cut(self.pruner, [*optimizers, *known])
+        elif self.searching:
+            warnings.warn(
+                "The search took no step, so that the model is dense: call compression.step(optimizer) after backward().",
+                stacklevel=2,
+            )
         self.close()
         return self.model
 
