@@ -108,14 +108,10 @@ def _unproved(model: nn.Module, example: Any, groups: list[Group], copies: Mappi
         holder, _, name = copy.rpartition(".")
         setattr(swapped.get_submodule(owner), leaf, getattr(swapped.get_submodule(holder), name))
     bench = Bench(swapped, example)
-    if bench.difference(groups, at_random(groups, 3))[0] <= 1:
+    if not bench.difference(groups, at_random(groups, 3)):
         return {}
-    lost = {}
-    for group in groups:
-        worst, reason = bench.difference([group], at_random([group], 3))
-        if not worst <= 1:
-            lost[group.name] = f"with its momentum copy in its place, {reason}"
-    return lost
+    reasons = ((group.name, bench.difference([group], at_random([group], 3))) for group in groups)
+    return {name: f"with its momentum copy in its place, {reason}" for name, reason in reasons if reason}
 
 
 def _with_copies(group: Group, copy_of: Mapping[str, str]) -> Group:

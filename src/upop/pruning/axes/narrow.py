@@ -58,21 +58,20 @@ class _Widths(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         if func is Tensor.expand and len(args) > 1:
-            return func(args[0], self._expanded(args[0], _given(args)))
+            sizes = _given(args)
+            return func(args[0], self._cut("expand", args[0], sizes, 0, len(sizes)))
         if func in _UNFLATTEN and len(args) > 2:
             return func(*args[:2], self._unflattened(*args[:3]))
         if func in _SHAPED and len(args) > 1 and not isinstance(args[1], torch.dtype):
-            return func(args[0], self._shape(args[0], _given(args)))
+            sizes = _given(args)
+            cut = self._cut("view", args[0], sizes, 0, len(sizes))
+            return func(args[0], cut if _fits(args[0], cut) else list(sizes))
         if func in _SPLIT and len(args) > 1:
             dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
             return func(args[0], self._sizes(args[0], args[1], dim), dim)
         if func in _INDEXED:
             return func(args[0], self._index(args[0], args[1]), *args[2:])
         return func(*args, **kwargs)
-
-    def _shape(self, tensor: Tensor, sizes: Any) -> list[Any]:
-        cut = self._cut("view", tensor, sizes, 0, len(sizes))
-        return cut if _fits(tensor, cut) else list(sizes)
 
     def _cut(self, kind: str, tensor: Tensor, sizes: Sequence[Any], first: int, rank: int) -> list[Any]:
         """Return the sizes of a call with the new widths, if the call gets a cut tensor."""
@@ -89,9 +88,6 @@ class _Widths(TorchFunctionMode):
         dim, rank = dim % tensor.dim(), tensor.dim() - 1 + len(sizes)
         cut = self._cut("view", tensor, sizes, dim, rank)
         return cut if -1 in cut or math.prod(cut) == tensor.shape[dim] else sizes
-
-    def _expanded(self, tensor: Tensor, sizes: Any) -> list[Any]:
-        return self._cut("expand", tensor, sizes, 0, len(sizes))
 
     def _ratio(self, tensor: Tensor, dim: int) -> tuple[int, int] | None:
         """Return the old and new length of a cut dimension."""

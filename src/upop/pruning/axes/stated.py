@@ -68,16 +68,16 @@ def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Gro
         tried.sort(key=lambda form: _shape_of(form, each) != best)  # like the one before
         reasons = []
         for form in tried:
-            worst, reason = bench.difference([form], at_random([form], 0))
-            if worst <= 1:
+            reason = bench.difference([form], at_random([form], 0))
+            if not reason:
                 groups.append(_masked_where_read(model, form, called))
                 best = _shape_of(form, each)
                 break
             reasons.append(reason)
         else:
             raise LayoutError(_message(model, each, reasons))
-    worst, reason = bench.difference(groups, at_random(groups, 1)) if groups else (0.0, "")
-    if not worst <= 1:
+    reason = bench.difference(groups, at_random(groups, 1)) if groups else ""
+    if reason:
         raise LayoutError(f"The stated groups hold one by one, but not together ({reason}). Leave some of them out.")
     return groups
 

@@ -71,7 +71,7 @@ class Proof:
         groups = [each.group for each in everyone]
         for resting in (True, False) if small else ():
             bench = self._bench(everyone, resting=resting)
-            if bench is None or bench.difference(groups, at_random(groups, 0))[0] <= 1:
+            if bench is None or not bench.difference(groups, at_random(groups, 0)):
                 break
             if not bench.misses:
                 return self._checked(bench, self._settled(everyone, wrong), wrong, beside=False)
@@ -113,11 +113,9 @@ class Proof:
         """Return the candidates whose hard-coded widths match no other tensor, tested at sizes where they might."""
         found = []
         for each in candidates:
+            size = each.group.size
             for kept in mistakable(self._trace, each):
-                if (
-                    bench.difference([each.group], {each.group.name: range(each.group.size - kept, each.group.size)})[0]
-                    > 1
-                ):
+                if bench.difference([each.group], {each.group.name: range(size - kept, size)}):
                     wrong[each.group.name] = f"its forward names a width that something else has when {kept} are kept"
                     break
             else:
