@@ -265,7 +265,7 @@ class Compression:
             self._cut(self.pruner, [*optimizers, *known])
         elif self.searching:
             warnings.warn(
-                "The search took no step, and the model stays dense. Call compression.step(optimizer) after backward().",
+                "The search took no step: the model stays dense. Call compression.step(optimizer) after backward().",
                 stacklevel=2,
             )
         self.close()
