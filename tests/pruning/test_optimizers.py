@@ -128,7 +128,7 @@ def test_what_cannot_be_cut_begins_anew_with_a_warning() -> None:
     plan = {group.name: range(0, group.size, 2) for group in groups}
     cuts = {tensor_of(model, name): left for name, left in slicings(model, groups, plan).items()}
     upop.shrink(model, plan)
-    with pytest.warns(UserWarning, match="keeps of 4 weights"):
+    with pytest.warns(UserWarning, match="keeps for 4 weights"):
         cut_optimizer(optimizer, cuts)
     weight, bias = (model.get_parameter(f"blocks.0.up.{name}") for name in ("weight", "bias"))
     assert weight not in optimizer.state
