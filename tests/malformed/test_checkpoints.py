@@ -165,7 +165,7 @@ def test_any_value_in_a_description_is_refused_or_changes_nothing(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_many_values_in_a_description_are_refused_or_change_nothing(
     tmp_path: Path, compressed: Path, data: st.DataObject

@@ -116,7 +116,7 @@ def test_any_value_of_any_setting_is_used_or_refused(data: st.DataObject) -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_many_values_of_settings_are_used_or_refused(data: st.DataObject) -> None:
     check_value(data)
