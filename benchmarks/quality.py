@@ -48,7 +48,7 @@ TASKS = ("classification", "vqa", "nlvr", "caption", "retrieval-clip")
 RATIOS = {"4x": 0.75, "2x": 0.5, "3x": 2 / 3, "10x": 0.9}
 """The share of the prunable cost (of all parameters, if the cost is "model") that goes, in measuring order."""
 SETS = {"methods": METHODS, "levers": LEVERS, "parts": PARTS}
-_DEFAULT_COSTS = {"methods": ["params", "flops"], "levers": ["params"], "parts": ["params", "model"]}
+_DEFAULT_COSTS = {"methods": ["params", "macs"], "levers": ["params"], "parts": ["params", "model"]}
 GENERATING = ("caption", "vqa")
 """Tasks whose evaluation takes long; on these --test-samples holds."""
 ONE_MODALITY = ("classification",)
@@ -65,7 +65,7 @@ class Cell:
         method: name in METHODS or LEVERS, or "dense".
         reduction: name in RATIOS; "1x" of the dense model.
         budget: training steps in all.
-        cost: what is equal: "params" or "flops"; "model" counts all parameters of the model.
+        cost: what is equal: "params" or "macs"; "model" counts all parameters of the model.
         seed: of order and draws.
         split: "val" or "test".
         batch: samples per step.
@@ -101,7 +101,7 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
 
     cells = [cell(task, "dense", "1x", 0, "params", 0) for task in arguments.tasks]
     for seed, reduction, cost in itertools.product(range(arguments.seeds), reductions, arguments.costs):
-        for budget, task, name in itertools.product([middle] if cost == "flops" else budgets, arguments.tasks, names):
+        for budget, task, name in itertools.product([middle] if cost == "macs" else budgets, arguments.tasks, names):
             needless = methods[name].per_modality and task in ONE_MODALITY
             # A method with a cost of its own belongs into one table, at its true size.
             if not needless and (methods[name].cost is None or cost == "params"):
@@ -240,7 +240,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     other.add_argument("--parts", dest="what", action="store_const", const="parts", help="what may go")
     parser.add_argument("--reductions", nargs="+", choices=[*RATIOS], help="default: all; 4x of levers")
-    parser.add_argument("--costs", nargs="+", choices=["params", "flops", "model"], help="what is equal")
+    parser.add_argument("--costs", nargs="+", choices=["params", "macs", "model"], help="what is equal")
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 100, 300], help="the budgets")
     parser.add_argument(
         "--middle", type=int, help="the budget of levers, GMACs and the figure; default: the middle one of --steps"

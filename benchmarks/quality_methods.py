@@ -28,7 +28,7 @@ from upop.pruning.errors import StepError
 from upop.runs.devices import to_device
 from upop.runs.loaders import make_loader
 
-Cost = Literal["params", "flops", "reference", "model"]
+Cost = Literal["params", "macs", "reference", "model"]
 Cut = Literal["search", "magnitude", "taylor", "calibrate", "torch-pruning l2", "torch-pruning taylor"]
 
 _FEWEST = 16
@@ -111,7 +111,7 @@ LEVERS: dict[str, Method] = {
     "search 50 %": Method(share=0.5),
     "two phases": Method(two_phases=True),
     "two phases, search 25 %": Method(two_phases=True, share=0.25),
-    "cost in GMACs": Method(cost="flops"),
+    "cost in GMACs": Method(cost="macs"),
     "calibrate first": Method("calibrate", stages=8),
 }
 """The default, and what was tried in its place; all that is not about the teacher is tried without one."""
@@ -213,7 +213,7 @@ def compress(bench: Bench, method: Method, ratio: float, steps: int, seed: int, 
     clock = time.process_time if dense.accelerator.device.type == "cpu" else time.perf_counter
     begun = clock()
     budget: dict[str, Any] = {"cost": method.cost or cost}
-    if budget["cost"] == "flops":
+    if budget["cost"] == "macs":
         budget["example"] = dense.example()
     elif budget["cost"] == "model":
         budget = {"target": {"params": round(1 - ratio, 4)}}

@@ -21,7 +21,7 @@ VARIANTS = ("no teacher", "no progress", "per modality")
 """Methods that differ from the default in one part; leads over them and over other methods are separate."""
 _SAME = 1.02
 """Sizes may differ by so much and still count as equal."""
-_EQUAL = {"params": "parameters", "flops": "GMACs", "model": "parameters of the whole model"}
+_EQUAL = {"params": "parameters", "macs": "GMACs", "model": "parameters of the whole model"}
 _COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#444444", "#8a8a8a", "#B0B000")
 
 
@@ -82,7 +82,7 @@ def of_equal_size(groups: Sequence[Mapping[str, Any]], default: str) -> list[Map
     there = [group for group in groups if "mean" in group and group["method"] != "dense"]
     if not there:
         return []
-    size = "macs" if there[0]["cost"] == "flops" else "parameters"
+    size = "macs" if there[0]["cost"] == "macs" else "parameters"
     norm = next((group[size] for group in there if group["method"] == default), min(group[size] for group in there))
     return [group for group in there if norm / _SAME <= group[size] <= norm * _SAME]
 
@@ -100,7 +100,7 @@ def tables(groups: Sequence[Mapping[str, Any]], methods: Sequence[str], default:
     for cost, budget, reduction in sorted(keys, key=lambda key: (key[0] != "params", key[1], int(key[2][:-1]))):
         chosen = [g for g in groups if (g["cost"], g["budget"], g["reduction"]) == (cost, budget, reduction)]
         columns = {task: [group for group in chosen if group["task"] == task] for task in names}
-        size = "macs" if cost == "flops" else "parameters"
+        size = "macs" if cost == "macs" else "parameters"
         headers = [_header(task, columns[task] or [dense.get(task, {})], dense.get(task), size) for task in names]
         title = f"{reduction} at equal {_EQUAL[cost]}, {budget} steps"
         table = Table("", *headers)

@@ -64,9 +64,9 @@ def short(content: Mapping[str, Any], reductions: Sequence[str]) -> Shown:
 
 
 def whole(content: Mapping[str, Any], cost: str) -> list[tuple[str, Shown]]:
-    """Return a titled table for every budget and reduction of one cost ("params" or "flops"), with sizes and times."""
+    """Return a titled table for every budget and reduction of one cost ("params" or "macs"), with sizes and times."""
     _refuse_unknown(content, METHODS)
-    size = "macs" if cost == "flops" else "parameters"
+    size = "macs" if cost == "macs" else "parameters"
     groups = [group for group in content["groups"] if group["cost"] == cost]
     dense = [group for group in content["groups"] if group["method"] == "dense"]
     keys = {(group["budget"], group["reduction"]) for group in groups if group["method"] != "dense"}

@@ -67,6 +67,14 @@ def test_arguments() -> None:
     pruner.remove()
     pruner = renamed(lambda: upop.Pruner(Mlp(), 0.5, 4, score="squared", example=EXAMPLE), "importance")
     assert pruner.importance == "squared"
+    pruner = renamed(lambda: upop.Pruner(Mlp(), 0.5, 4, cost="flops", example=EXAMPLE), "cost='macs'")
+    assert pruner.cost == "macs"
+    state = pruner.state_dict()
+    state["settings"] |= {"cost": "flops"}
+    pruner.load_state_dict(state)  # of an older version
+    pruner.remove()
+    plan = renamed(lambda: upop.pruning.plan_by_magnitude(Mlp(), 0.5, cost="flops", example=EXAMPLE), "cost='macs'")
+    assert plan.settings["cost"] == "macs"
     with pytest.raises(TypeError, match="both are given"):
         upop.Pruner(Mlp(), 0.5, 4, align=4, round_to=8, example=EXAMPLE)
 

@@ -142,7 +142,7 @@ class RunSettings(Checked):
         description="weight of feature distillation from the dense model, in search and retraining; by default 5 for "
         "method upop, else 0. Above 0, every step takes a forward pass of the dense model",
     )
-    cost: Literal["params", "flops", "reference"] = "params"
+    cost: Literal["params", "macs", "reference"] = "params"
     round_to: RoundTo | None = Field(
         None,
         description="numbers of kept channels are multiples of this, or by kind: attention=8,mlp=128; by default 8 on "
@@ -234,6 +234,11 @@ class RunSettings(Checked):
             return None if value is None else format_target(read_target(value))
         except SettingError as error:
             raise ValueError(str(error).removeprefix("target ")) from None
+
+    @field_validator("cost", mode="before")
+    @classmethod
+    def _is_a_cost(cls, value: Any) -> Any:
+        return "macs" if value == "flops" else value  # the old name
 
     @field_validator("round_to", mode="before")
     @classmethod

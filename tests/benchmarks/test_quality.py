@@ -48,7 +48,7 @@ def test_resuming(folder: Path) -> None:
     methods = ["--methods", "upop", "L2", "--seeds", "1"]
     rows = compare(folder, *methods)
     names = [(row["method"], row["cost"]) for row in rows]
-    assert names == [("dense", "params"), ("upop", "params"), ("L2", "params"), ("upop", "flops"), ("L2", "flops")]
+    assert names == [("dense", "params"), ("upop", "params"), ("L2", "params"), ("upop", "macs"), ("L2", "macs")]
     store = folder / "quality_cells.jsonl"
     lines = store.read_text().splitlines(keepends=True)
     # The third cell was lost, and the machine stopped while the last one was being written.
@@ -67,7 +67,7 @@ def test_methods_are_of_equal_size(folder: Path, capsys: pytest.CaptureFixture[s
     rows = compare(folder, "--seeds", "1", "--methods", "upop", "reference", "no progress", "L2", "Taylor")
     small = [row for row in rows if row["method"] != "dense"]
     assert len(small) == 10
-    for cost, size in (("params", "parameters"), ("flops", "macs")):
+    for cost, size in (("params", "parameters"), ("macs", "macs")):
         sizes = [row[size] for row in small if row["cost"] == cost]
         assert max(sizes) <= 1.02 * min(sizes)
         assert max(sizes) < 0.5 * rows[0][size]

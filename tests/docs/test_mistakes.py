@@ -124,7 +124,7 @@ def _() -> None:
 
 @mistake("Counting multiply-adds without an example")
 def _() -> None:
-    upop.Pruner(tiny(), ratio=0.5, steps=10, cost="flops")
+    upop.Pruner(tiny(), ratio=0.5, steps=10, cost="macs")
 
 
 @mistake("A pattern that matches nothing")

@@ -76,7 +76,7 @@ CASES = {
     "vit": Case(
         Family("vit", lambda: _vit(mlp_ratio=41 / 24), _images),
         lambda model: [part for block in model.blocks for part in (block.attn, block)],
-        settings=lambda inputs: {"cost": "flops", "example": inputs},
+        settings=lambda inputs: {"cost": "macs", "example": inputs},
     ),
     "nlvr": Case(
         NLVR,

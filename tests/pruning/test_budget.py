@@ -222,7 +222,7 @@ def test_the_schedule_rises_to_the_ratio(ratio: float, steps: int) -> None:
 
 
 @pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
-@pytest.mark.parametrize("cost", ["params", "flops"])
+@pytest.mark.parametrize("cost", ["params", "macs"])
 @pytest.mark.parametrize("ratio", mostly_slow([0.1, 0.5, 0.75], 0.5))
 def test_a_search_removes_what_was_asked(case: Family, cost: str, ratio: float) -> None:
     model, inputs = case.build(), case.inputs()

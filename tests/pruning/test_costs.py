@@ -54,7 +54,7 @@ def _form(group: upop.Group) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, BY_NAME["clip"], VIT), ids=lambda case: case.name)
-@pytest.mark.parametrize("cost", ["params", "flops"])
+@pytest.mark.parametrize("cost", ["params", "macs"])
 def test_a_channel_costs_what_removing_it_saves(family: Family, cost: str) -> None:
     # One group of each form: blocks repeat.
     forms = {_form(group): number for number, group in enumerate(upop.find_groups(family.build()))}
@@ -80,7 +80,7 @@ def test_multiply_adds_of_every_kind_of_channel(name: str) -> None:
     model = architecture.build()
     inputs = architecture.batch(model)
     groups = upop.find_groups(model)
-    costs = channel_costs(model, groups, "flops", inputs)
+    costs = channel_costs(model, groups, "macs", inputs)
     with architecture.ways(model)[-1][1]:
         before = upop.count_macs(model, inputs)
     for group in groups:
@@ -94,12 +94,12 @@ def test_counting_changes_nothing() -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
     model.cls_head.eval()
     modes = [module.training for module in model.modules()]
-    channel_costs(model, upop.find_groups(model), "flops", inputs)
+    channel_costs(model, upop.find_groups(model), "macs", inputs)
     upop.count_macs(model, inputs)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(TypeError):
-        channel_costs(model, upop.find_groups(model), "flops", {"nonsense": 1})
+        channel_costs(model, upop.find_groups(model), "macs", {"nonsense": 1})
     assert not any(module._forward_hooks for module in model.modules())
     assert [module.training for module in model.modules()] == modes
 
@@ -127,10 +127,10 @@ def test_given_costs() -> None:
 @pytest.mark.parametrize(
     ("cost", "fragments"),
     [
-        ("parms", ["cost='parms' is not known", "did you mean 'params'", "'flops'"]),
+        ("parms", ["cost='parms' is not known", "did you mean 'params'", "'macs'"]),
         ("latency", ["is not known", "mapping"]),
         (3, ["cost=3 is not known"]),
-        ("flops", ["cost='flops'", "no example", "example="]),
+        ("macs", ["cost='macs'", "no example", "example="]),
         ({"*.atn": 1, "*.mlp": 1}, ["'*.atn'", "matches no group"]),
         ({"blocks.0.atn": 1, "*": 1}, ["did you mean 'blocks.0.attn'"]),
         ({"*.attn": 1}, ["no number for group 'blocks.0.mlp'", "exclude"]),
@@ -160,5 +160,5 @@ def test_what_the_example_does_not_run_is_no_group() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.used(x)
 
-    pruner = upop.Pruner(Partly(), 0.5, 2, cost="flops", example=VIT.inputs())
+    pruner = upop.Pruner(Partly(), 0.5, 2, cost="macs", example=VIT.inputs())
     assert {group.name.partition(".")[0] for group in pruner.groups} == {"used"}

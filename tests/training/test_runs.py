@@ -232,7 +232,7 @@ def test_accumulated_gradients_give_the_same_search(config: Path, tmp_path: Path
         {"amp": True},
         {"vit_grad_ckpt": True},
         {"clip_grad": 0.5, "round_to": 8},
-        {"cost": "flops"},
+        {"cost": "macs"},
         {"cost": "reference", "method": "reference"},
         {"importance": "squared", "correct": False, "search_share": 0.4},
         {"importance": "signed"},

@@ -94,7 +94,7 @@ def compress(
     batch_size_train: o.BatchSize = None,
     grad_checkpointing: o.GradCheckpointing = None,
     trackers: o.Tracker = None,
-    cost: Annotated[str | None, typer.Option(help="Cost of the budget: params, flops or reference.")] = None,
+    cost: Annotated[str | None, typer.Option(help="Cost of the budget: params, macs or reference.")] = None,
     round_to: o.RoundTo = None,
     align: o.OldAlign = None,
     uniform: o.Uniform = None,

@@ -20,7 +20,7 @@ from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_correct, check_whole, chosen, refuse_unscored
 from upop.pruning.correction import Choice, correct_consumers
-from upop.pruning.costs import Cost, call, channel_costs, evaluating, runs_in_training
+from upop.pruning.costs import Cost, call, channel_costs, current_cost, evaluating, runs_in_training
 from upop.pruning.dense import Dense
 from upop.pruning.deprecated import renamed_arguments
 from upop.pruning.depth import branches_of, check_depth
@@ -118,7 +118,7 @@ def calibrate(
         importance: contribution of a batch to the scores: "absolute", "squared", or a function; see `Pruner`.
         include: names or patterns of the groups to cut; default all.
         exclude: names or patterns of groups to leave alone.
-        example: inputs for one forward pass, for cost="flops", and to find the groups of a custom model
+        example: inputs for one forward pass, for cost="macs", and to find the groups of a custom model
             (`find_prunable`). By default the first batch serves for the latter.
         groups: what is known of groups beside (`upop.GroupSpec`); see `Pruner`.
         verify: inputs on which the masked and the cut model are compared at every stage, as for `upop.shrink`. By
@@ -139,7 +139,7 @@ def calibrate(
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
-    goal, round_to = Goal(ratio, target, profile), check_round_to(round_to)
+    goal, round_to, cost = Goal(ratio, target, profile), check_round_to(round_to), current_cost(cost)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
     refuse_unrecordable(model)
@@ -247,7 +247,7 @@ def check_budget(
         SettingError: a setting is out of range, or the ratio or the target cannot be reached.
         LayoutError: the model has no group, or a group's weights are frozen, shared, masked or sharded.
     """
-    goal, model = Goal(ratio, target, profile), unwrapped(model)
+    goal, model, cost = Goal(ratio, target, profile), unwrapped(model), current_cost(cost)
     check_uniform(uniform)
     check_width(width, target)
     choice: dict[str, Any] = {"include": include, "exclude": exclude, "uniform": uniform, "depth": depth, "cost": cost}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from upop.pruning.deprecated import outside_upop, warn_renamed
 from upop.pruning.errors import SettingError, nearest
 from upop.pruning.groups import Group, tensor_of
 from upop.pruning.sharded import reshard
@@ -21,10 +22,18 @@ Cost = str | Mapping[str, float] | Callable[[Group], float]
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-COSTS = ("params", "flops", "reference")
+COSTS = ("params", "macs", "reference")
 # The published implementation's cost of an attention channel, where an MLP channel costs 1.
 _PUBLISHED_ATTENTION_COST = {"vision-language": 36.0, "vision": 12.0}
 _QK = ("query", "key")  # the first two arguments of torch.nn.MultiheadAttention
+
+
+def current_cost(cost: Cost) -> Cost:
+    """Return a cost under its current name; "flops", which counted multiply-adds, warns."""
+    if cost != "flops":
+        return cost
+    warn_renamed("cost='flops'", "cost='macs'", stacklevel=outside_upop())
+    return "macs"
 
 
 def channel_costs(model: nn.Module, groups: Sequence[Group], cost: Cost, example: Any = None) -> dict[str, float]:
@@ -33,10 +42,10 @@ def channel_costs(model: nn.Module, groups: Sequence[Group], cost: Cost, example
     Args:
         model: the dense model.
         groups: its groups.
-        cost: "params" (parameters that the channel removes), "flops" (multiply-adds that it removes in one forward
+        cost: "params" (parameters that the channel removes), "macs" (multiply-adds that it removes in one forward
             pass over `example`), "reference" (attention 36 or, in a model without text groups, 12; MLP 1), a mapping
             from group names or patterns to numbers, or a function of a group.
-        example: inputs for one forward pass, as `call` takes them; needed by "flops" alone.
+        example: inputs for one forward pass, as `call` takes them; needed by "macs" only.
 
     Raises:
         SettingError: the cost is unknown, matches no group, leaves one out, is not positive, or misses its example.
@@ -47,10 +56,10 @@ def channel_costs(model: nn.Module, groups: Sequence[Group], cost: Cost, example
         costs = _given(groups, cost)
     elif cost == "params":
         costs = {group.name: _parameters(model, group) for group in groups}
-    elif cost == "flops":
+    elif cost == "macs":
         if example is None:
             raise SettingError(
-                "cost='flops' counts one forward pass, and no example inputs were given. Pass example=... "
+                "cost='macs' counts one forward pass, and no example inputs were given. Pass example=... "
                 "(a tensor, a tuple of arguments, or a mapping of keyword arguments)."
             )
         costs = _multiply_adds(model, groups, example)

@@ -256,7 +256,7 @@ def _learnt(
     if quantity is None:
         raise LayoutError(
             f"The {what} of {type(model).__name__} cannot be predicted: its forward pass takes another path when "
-            "layers are smaller. Give a target in params, or a ratio with cost='flops'."
+            "layers are smaller. Give a target in params, or a ratio with cost='macs'."
         )
     return quantity
 

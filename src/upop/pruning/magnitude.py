@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.costs import Cost, channel_costs
+from upop.pruning.costs import Cost, channel_costs, current_cost
 from upop.pruning.deprecated import renamed_arguments
 from upop.pruning.goal import Goal
 from upop.pruning.groups import Group, tensor_of
@@ -41,7 +41,7 @@ def plan_by_magnitude(
         SettingError: a setting is out of range, or the ratio or the target cannot be reached.
         LayoutError: the model has no group, or its weights are sharded over processes.
     """
-    goal, round_to = Goal(ratio, target, profile), check_round_to(round_to)
+    goal, round_to, cost = Goal(ratio, target, profile), check_round_to(round_to), current_cost(cost)
     refuse_sharded(model, "plan_by_magnitude()")
     check_uniform(uniform)
     groups, towers, _ = to_keep_alike(model, groups_to_search(model, example), uniform)

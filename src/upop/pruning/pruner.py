@@ -64,7 +64,7 @@ class Pruner(Searched):
             {"latency": 0.5} or {"latency": "12ms"}; scores are then compared per millisecond.
         interval: steps between updates of the masks, which also happen at the last step; by default eight updates in
             "stages", and one at every 50th step (step 0 included) in a "soft" search.
-        cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
+        cost: what the budget counts: "params" (default), "macs", "reference" (the published weights, and the
             published way to set the threshold), a mapping from group names or patterns, or a function of a group.
         round_to: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} sets it by kind of group, and
             "tensor-cores", "torchao" and "nemotron-nas" are presets.
@@ -86,7 +86,7 @@ class Pruner(Searched):
             inputs of all layers at once, at most 2 n^2 numbers for n inputs.
         include: names or patterns (`fnmatch`) of the groups to prune; default all.
         exclude: names or patterns of groups to keep whole.
-        example: inputs for one forward pass, for cost="flops", and to find the groups of a custom model
+        example: inputs for one forward pass, for cost="macs", and to find the groups of a custom model
             (`find_prunable`). Without one, a custom model is traced when it is first called.
         groups: groups that you state yourself (`upop.GroupSpec`). They are proved like the others, and take precedence
             over those that cut the same axis.
@@ -348,6 +348,7 @@ class Pruner(Searched):
             SettingError: the state belongs to another model or to other settings.
         """
         saved = {_OLDER.get(name, name): value for name, value in state["settings"].items()}
+        saved |= {"cost": "macs"} if saved.get("cost") == "flops" else {}
         if saved != self._settings():
             raise SettingError(f"The saved search has settings {saved}, this one {self._settings()}.")
         self._done = int(state["steps_done"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning.choice import chosen, refuse_frozen
-from upop.pruning.costs import Arguments, Cost, channel_costs
+from upop.pruning.costs import Arguments, Cost, channel_costs, current_cost
 from upop.pruning.depth import branches_of
 from upop.pruning.errors import LayoutError, StepError
 from upop.pruning.frozen import partly_frozen
@@ -71,7 +71,7 @@ class Searched(ABC):
     ) -> None:
         self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
-        self.cost, self.round_to, self._goal, self.uniform = cost, round_to, goal, uniform
+        self.cost, self.round_to, self._goal, self.uniform = current_cost(cost), round_to, goal, uniform
         self.depth, self.width = depth, width
         self._patterns, self._example, self._stated = patterns, example, stated
         self._rows: RowScores[tuple[str, int]] = RowScores(scoring.rows)
