@@ -254,6 +254,16 @@ def _titled(method: str) -> str:
     return method.replace("MLPs alone", "MLPs only")
 
 
+def easyvqa() -> str:
+    """Return the table of easy-VQA: accuracy on the package's test questions."""
+    parts = {"all": "accuracy", "yes or no": "accuracy_yes_no", "other": "accuracy_other"}
+    rows = []
+    for cell in read("real_easyvqa_cpu")["cells"]:
+        accuracies = (f"{cell[f'test {part}']:.1f}" for part in parts.values())
+        rows.append([cell["name"], *accuracies, f"{cell['parameters'] / 1e6:.2f}"])
+    return markdown(["accuracy (%), test questions", *parts, "parameters (M)"], rows)
+
+
 def quality_short() -> str:
     """Return the table of all methods at 4x and 2x, at equal parameters and the middle budget."""
     return markdown(*quality.short(read("quality_cpu"), ["4x", "2x"]))
@@ -582,6 +592,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real-minilm-recovered": lambda: real("minilm", 200),
     "real-smollm2": lambda: real("smollm2"),
     "real-dinov2": lambda: real("dinov2"),
+    "real-easyvqa": easyvqa,
     "api": api,
     "log-search-step": search_steps,
     "log-demo": demos,

@@ -4,8 +4,8 @@
     python benchmarks/real/easyvqa.py --out output/easy-vqa
     upop train vqa --config output/easy-vqa/vqa.yaml --pretrained assets/shapes-nlvr \
         --output-dir output/easy-vqa-dense
-    upop compress vqa --config output/easy-vqa/vqa.yaml --pretrained output/easy-vqa-dense/last --ratio 0.5 \
-        --output-dir output/easy-vqa-2x
+    upop compress vqa --config output/easy-vqa/vqa.yaml --pretrained output/easy-vqa-dense/best --ratio 0.5 \
+        --epochs 2 --set init_lr=5e-4 --output-dir output/easy-vqa-2x
 
 The dense model begins with the towers of the demo's model, and is trained with the settings of that file. Every tenth
 image of the training split, with all its questions, picks the best epoch; the package's own test split is the test.
