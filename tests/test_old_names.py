@@ -22,7 +22,7 @@ from upop.errors import BadImageError, SettingError
 from upop.examples import Examples
 from upop.pruning.deprecated import NAMES
 from upop.runs.bad_images import BadImages
-from upop.settings import RunSettings, read_settings
+from upop.settings import RunSettings, current_names, read_settings
 
 
 class Mlp(nn.Module):
@@ -162,6 +162,11 @@ def test_flags() -> None:
         for flag in ("--align", "--round-to")
     ]
     assert shown[0].exit_code == 0 and shown[0].stdout == shown[1].stdout
+
+
+def test_the_older_cost_in_files_and_in_runs_to_resume() -> None:
+    assert current_names({"cost": "flops", "p": 0.5}) == {"cost": "macs", "ratio": 0.5}
+    assert RunSettings.model_validate({"cost": "flops"}).cost == "macs"
 
 
 def test_bad_images_of_earlier_runs() -> None:

@@ -235,11 +235,6 @@ class RunSettings(Checked):
         except SettingError as error:
             raise ValueError(str(error).removeprefix("target ")) from None
 
-    @field_validator("cost", mode="before")
-    @classmethod
-    def _is_a_cost(cls, value: Any) -> Any:
-        return "macs" if value == "flops" else value  # the old name
-
     @field_validator("round_to", mode="before")
     @classmethod
     def _is_a_round_to(cls, value: Any) -> Any:
@@ -461,7 +456,7 @@ def read_settings(
 
 
 def current_names(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return settings under the names that they have today; `p` is `ratio`.
+    """Return settings under the names that they have today; `p` is `ratio`, and the cost `flops` is `macs`.
 
     Raises:
         SettingError: one is there under both names.
@@ -474,6 +469,8 @@ def current_names(values: Mapping[Any, Any]) -> dict[Any, Any]:
                 raise SettingError(f"{old} is an older name of {twice[0]}, and both are given. Leave {old} out.")
             value = current.pop(old)
             current |= dict.fromkeys(names, value)
+    if current.get("cost") == "flops":
+        current["cost"] = "macs"
     return current
 
 
