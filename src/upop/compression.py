@@ -129,6 +129,8 @@ class Compression:
         if self._teacher is None and teacher is not False:
             self._teacher = dense_copy(unwrapped(model))
         self.pruner = None if self._plan else Pruner(model, ratio, searched, target=target, **settings)
+        if self.pruner is not None:
+            self.pruner.follow(self._averages)
         try:
             if self._teacher is not None and (self.pruner is None or self.pruner.is_read):
                 self._teach()

@@ -136,6 +136,10 @@ class RunSettings(Checked):
     correct: bool = Field(
         True, description="method upop corrects the consumers of pruned channels, by least squares on their inputs"
     )
+    rotate: bool = Field(
+        True,
+        description="method upop rotates attention heads to their principal axes first, where that changes no output",
+    )
     distill: float | None = Field(
         None,
         ge=0,
@@ -280,7 +284,7 @@ class RunSettings(Checked):
         if self.method in ("reference", "magnitude"):
             changed = [
                 name
-                for name in ("search_share", "importance", "correct", "depth", "width")
+                for name in ("search_share", "importance", "correct", "rotate", "depth", "width")
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
             if changed:

@@ -36,6 +36,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.precision import accumulator
 from upop.pruning.prunable import find_groups, groups_to_search, waits_for_batch
 from upop.pruning.recompute import recomputing
+from upop.pruning.rotation import rotate_heads
 from upop.pruning.round_to import RoundTo, check_round_to
 from upop.pruning.scores import FreedRows, Importance, Scoring, scoring
 from upop.pruning.seen import FirstCall, Kept, examples_of, read_first, remember_inputs
@@ -79,6 +80,7 @@ def calibrate(
     uniform: Uniform | None = None,
     depth: bool = False,
     width: bool = False,
+    rotate: bool = True,
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
@@ -126,9 +128,11 @@ def calibrate(
         uniform: "tower" has all layers of a tower keep equally many; see `Pruner`.
         depth: True also prunes whole branches and layers; see `Pruner`.
         width: True also prunes channels of residual streams; see `Pruner`.
+        rotate: whether attention heads are rotated to their principal axes first, where that changes no output; see
+            `Pruner`.
 
     Returns:
-        The plan: the kept channels of every group, as indices of the dense model.
+        The plan: the kept channels of every group, as indices of the dense model, with its heads rotated.
 
     Raises:
         SettingError: a setting is out of range, there is no batch, the ratio or the target cannot be reached, or the
@@ -174,6 +178,11 @@ def calibrate(
     before = Dense(model, dense)
     observing = _Observing(model, batches, loss or _own_loss, scorer, correct)
     try:
+        if rotate:
+            run = call if loss is None else loss
+            rotate_heads(
+                model, dense, lambda: [run(model, batch) for batch in batches], _inputs(model, kept_call, example)
+            )
         for part in parts:
             stand = [group for group in find_groups(model) if group.name in names]
             with observing.of(stand) as (scores, moments):
@@ -207,6 +216,7 @@ def calibrate(
         **({"uniform": uniform} if uniform else {}),
         **({"depth": True} if depth else {}),
         **({"width": True} if width else {}),
+        **({} if rotate else {"rotate": False}),
     )
     record_cut(model, plan)
     return plan

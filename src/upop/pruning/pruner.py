@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from upop.pruning import budget
 from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_correct, check_whole
 from upop.pruning.correction import Choice, correct_consumers
-from upop.pruning.costs import Cost
+from upop.pruning.costs import Cost, call
 from upop.pruning.deprecated import renamed_arguments, renamed_attributes
 from upop.pruning.depth import check_depth
 from upop.pruning.errors import SettingError, StepError
@@ -22,6 +22,7 @@ from upop.pruning.groups import Group, tensor_of
 from upop.pruning.latency import Profile
 from upop.pruning.moments import OBSERVATIONS, Correct
 from upop.pruning.plan import Plan
+from upop.pruning.rotation import rotate_heads
 from upop.pruning.round_to import RoundTo, check_round_to
 from upop.pruning.scores import Importance, agreed, scoring
 from upop.pruning.searched import Searched
@@ -84,6 +85,10 @@ class Pruner(Searched):
             (default) uses memory of at most a quarter of the weights on the model's device; the rest waits on the CPU.
             On the CPU (where 256 MiB are always allowed) the model runs again for every few layers. True holds the
             inputs of all layers at once, at most 2 n^2 numbers for n inputs.
+        rotate: whether the first step rotates attention heads to their principal axes: queries and keys, values and
+            output projections are multiplied with matrices that cancel, so that no output changes, and the dimensions
+            of a head become as unequal as possible. Pruned heads then lose much less. By default yes, in "stages".
+            Heads where the outputs would change (rotary positions, norms), and weights in half precision, stay.
         include: names or patterns (`fnmatch`) of the groups to prune; default all.
         exclude: names or patterns of groups to keep whole.
         example: inputs for one forward pass, for cost="macs", and to find the groups of a custom model
@@ -121,6 +126,7 @@ class Pruner(Searched):
         importance: str | Importance | None = None,
         progress: Progress | None = None,
         correct: Correct = "auto",
+        rotate: bool | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         example: Any = None,
@@ -157,6 +163,10 @@ class Pruner(Searched):
         if correct is True and self.progress == "soft":
             raise SettingError("A soft search, the published one, corrects nothing; found correct=True. Leave it out.")
         self._correct: Correct = check_correct(correct) if self.progress == "stages" else False
+        if rotate and self.progress == "soft":
+            raise SettingError("A soft search, the published one, rotates nothing; found rotate=True. Leave it out.")
+        self.rotate = self.progress == "stages" if rotate is None else rotate
+        self._rotated, self._averages = not self.rotate, list[nn.Module]()
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._skipped = torch.zeros((), dtype=torch.long)
         self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
@@ -221,6 +231,8 @@ class Pruner(Searched):
         scored = {(part.tensor, part.dim) for group in self.groups for part in group.scored}
         if self._rows.frozen is not None:
             self._rows.frozen.scale = scale
+        if not self._rotated:
+            self._rotate()
         rows = self._rows.of({(name, dim): (tensor_of(self.model, name), dim) for name, dim in scored})
         added = {group.name: self._channel_scores(group, rows) for group in self.groups}
         self._rows.forget()
@@ -241,6 +253,14 @@ class Pruner(Searched):
         self._skipped = self._skipped.to(finite.device) + (~finite).long()
         self._stale = self._stale.to(finite.device) & ~finite
         self._advance()
+
+    def follow(self, averages: Iterable[nn.Module]) -> None:
+        """Rotate the heads of copies like those of the model, such as moving averages of its weights.
+
+        Args:
+            averages: copies of the model, made before the first step.
+        """
+        self._averages = list(averages)
 
     @torch.no_grad()
     def skip(self) -> None:
@@ -272,6 +292,7 @@ class Pruner(Searched):
             **({"uniform": self.uniform} if self.uniform else {}),
             **({"depth": True} if self.depth else {}),
             **({"width": True} if self.width else {}),
+            **({} if self.rotate or self.progress == "soft" else {"rotate": False}),
             **({} if self.finished else {"steps_done": self._done}),
         )
 
@@ -322,6 +343,7 @@ class Pruner(Searched):
             "skipped_steps": self.skipped_steps,
             "threshold": self.threshold,
             "stale": bool(self._stale),
+            "rotated": self._rotated,
             "seen": self._moments.state(),
             "settings": self._settings(),
         }
@@ -352,6 +374,7 @@ class Pruner(Searched):
         if saved != self._settings():
             raise SettingError(f"The saved search has settings {saved}, this one {self._settings()}.")
         self._done = int(state["steps_done"])
+        self._rotated = bool(state.get("rotated", True)) or not self.rotate  # older searches rotated nothing
         if self._groups is None:
             self._resumed = state
             return
@@ -381,6 +404,17 @@ class Pruner(Searched):
         if self.progress == "soft":
             total = total / self._masks.values[group.name].to(total.device, total.dtype, non_blocking=True)
         return self._scoring.added(total)
+
+    def _rotate(self) -> None:
+        """Rotate heads to the principal axes of the first batch."""
+        kept = [] if self._first.kept is None else list(self._first.kept.inputs(self.model))
+
+        def observe() -> None:
+            for batch in kept[-1:]:  # the whole one, where it is kept; generated inputs would say nothing of the data
+                call(self.model, batch)
+
+        rotate_heads(self.model, self.groups, observe, self._inputs(), self._averages)
+        self._rotated = True
 
     def _advance(self) -> None:
         if self._due(self._done):

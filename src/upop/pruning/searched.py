@@ -53,7 +53,12 @@ class Searched(ABC):
         uniform: whether the layers of a tower keep equally many channels.
         depth: whether branches may be pruned whole.
         width: whether channels of residual streams are pruned.
+
+    Attributes:
+        rotate: whether heads are rotated to the principal axes of the first batch.
     """
+
+    rotate: bool
 
     def __init__(
         self,
@@ -85,7 +90,9 @@ class Searched(ABC):
         if waits:
             self._first = FirstCall(self.model, self._begin_with, self._note)
         else:
-            self._first = FirstCall(self.model, wrapper=model)
+            # A compiled first call is only observed where its inputs are needed.
+            observed = (lambda *_: None) if self.rotate else None
+            self._first = FirstCall(self.model, observed, wrapper=None if self.rotate else model)
 
     def _begin_with(self, kept: Kept, arguments: Arguments) -> None:
         """Trace the model with the inputs of its first call, before it runs."""

@@ -395,29 +395,46 @@ def _proved_in_float64(model: nn.Module, groups: list[Group], plan: Mapping[str,
     Raises:
         VerificationError: the outputs of the cut copy differ from the masked ones.
     """
-    from upop.pruning.axes.copies import changed, copied, forgetting
+    from upop.pruning.axes.copies import forgetting
     from upop.pruning.axes.proof import Precise
 
-    if not any(isinstance(each, Tensor) for each in tree_leaves(inputs)):
-        return False  # what a function gives to the model, nobody else can make precise
+    try:
+        copied = precise_copy(model, inputs)
+        if copied is None:
+            return False
+        precise, inputs = copied
+        with forgetting(), _masked(precise, groups, plan), Precise(torch.float64):
+            expected = outputs_of(precise, inputs)
+    except Exception:
+        return False
+    cut(precise, groups, plan)
+    with forgetting(), Precise(torch.float64):
+        found = _outputs_of_cut(precise, inputs)
+        expected = narrowed(expected, found, groups, plan)
+        compare(expected, found, partial(rounding_of, partial(outputs_of, precise, inputs), outputs=found))
+    return True
+
+
+def precise_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any] | None:
+    """Return a copy of a model, without masks, and inputs in float64.
+
+    None if the model is too large for that or in float64 already, or if the inputs are a function of it: nobody else
+    can make precise what that gives to the model.
+
+    Raises:
+        LayoutError: the model cannot be copied.
+    """
+    from upop.pruning.axes.copies import changed, copied
+
     tensors = [*model.parameters(), *model.buffers()]
     numbers = sum(each.numel() for each in tensors if each.is_floating_point())
     if numbers > MOST_COPIED or all(each.dtype == torch.float64 for each in model.parameters()):
-        return False
+        return None
+    if not any(isinstance(each, Tensor) for each in tree_leaves(inputs)):
+        return None
 
     def precise(value: Any) -> Any:
         return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     inputs = tree_map(precise, dict(inputs) if isinstance(inputs, Mapping) else inputs)
-    try:
-        precise_copy = copied(model, changed(model, lambda each: precise(each).clone()))
-        with forgetting(), _masked(precise_copy, groups, plan), Precise(torch.float64):
-            expected = outputs_of(precise_copy, inputs)
-    except Exception:
-        return False
-    cut(precise_copy, groups, plan)
-    with forgetting(), Precise(torch.float64):
-        found = _outputs_of_cut(precise_copy, inputs)
-        expected = narrowed(expected, found, groups, plan)
-        compare(expected, found, partial(rounding_of, partial(outputs_of, precise_copy, inputs), outputs=found))
-    return True
+    return copied(model, changed(model, lambda each: precise(each).clone())), inputs

@@ -168,7 +168,7 @@ def _cut_once(run: Run, model: nn.Module, average: ModelEmaV3 | None, verified: 
     else:
         batches, loss = calibration_batches(run.loaders["train"], settings), loss_of(run.task, settings)
         options = {"importance": settings.importance or "absolute", "correct": settings.correct, "verify": verified}
-        options |= {"depth": settings.depth, "width": settings.width}
+        options |= {"depth": settings.depth, "width": settings.width, "rotate": settings.rotate}
         plan = calibrate(model, batches, loss=loss, **options, **shared)
     if average is not None:
         shrink(average.module, plan, verify=verified)
@@ -180,6 +180,7 @@ def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
     """Return the arguments of `Compression` that select the search of a method."""
     if settings.method == "upop":
         searched = {"progress": "stages", "importance": settings.importance, "correct": settings.correct}
+        searched |= {"rotate": settings.rotate}
         return searched | ({"depth": True} if settings.depth else {}) | ({"width": True} if settings.width else {})
     if settings.method == "reference":
         first = task.update_first_step

@@ -152,6 +152,7 @@ def _prune(
             loss=loss_of(task, settings),
             round_to=round_to_for(device, settings),
             correct=settings.correct,
+            rotate=settings.rotate,
             **{**shared, **budget, "example": task.example(model, 1)},
         )
     pruned = evaluated(f"one-shot {before / count_parameters(model):.3g}x")

@@ -1,0 +1,519 @@
+"""Rotates attention heads to their principal axes before a search, which leaves the outputs of the model as they are.
+
+In every head, queries and keys only meet in products q.k, and values only reach the output projection W_o. So any
+invertible matrices A and T may be put between them: q' = A q, k' = A^-T k, v' = T v, W_o' = W_o T^-1. Trained head
+dimensions are about equally important, because training prefers no basis. A and T are chosen so that they become as
+unequal as possible: the products (and the contributions to the output) of different dimensions are uncorrelated, and
+the first dimensions carry the most. With C_q and C_k the second moments of queries and keys and the singular value
+decomposition C_q^1/2 C_k^1/2 = U S V^T, A = S^1/2 U^T C_q^-1/2 is the basis in which the best approximation of q.k
+with fewer dimensions is a choice of the first ones; likewise for values, with W_o^T W_o in place of C_k.
+
+Where heads are not linear (rotary positions, norms of queries and keys) this does not hold. So every rotation is tried:
+one that changes an output is not used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning.again import buffers_kept, drawing_the_same, uncompiled
+from upop.pruning.costs import call, evaluating
+from upop.pruning.frozen import thawed
+from upop.pruning.groups import Group, Slice, owner_of, tensor_of
+from upop.pruning.sharded import is_sharded_tensor, many_processes
+from upop.pruning.verify import Outputs, outputs_of, tensors_of
+
+_PRECISE = (torch.float32, torch.float64)
+_LEAST = 1e-6
+"""Least eigenvalue of second moments, and least singular value, as a share of the largest: it bounds rounding."""
+_SAME, _SAME_ROUNDED = 1e-7, 1e-3
+"""Most that outputs may change, as a share of the largest, in float64 and otherwise."""
+_READINGS = 6
+"""Most ways to divide the rows of an attention into queries, keys and values that are tried."""
+
+_Rows = tuple[tuple[Slice, tuple[int, ...]], ...]
+"""Slices with those of their repeats that have a role, one repeat per head."""
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """Which rows of a group's tensors are queries, keys and values, and which columns read the values.
+
+    Attributes:
+        reading: its place among the possible ones.
+    """
+
+    reading: int
+    queries: _Rows
+    keys: _Rows
+    values: _Rows
+    outputs: _Rows
+
+    def rows(self, role: str) -> _Rows:
+        """Return the rows with a role, by name."""
+        found: _Rows = getattr(self, role)
+        return found
+
+
+_TURNED = {
+    "queries": ("products", False),
+    "keys": ("products", True),
+    "values": ("sums", False),
+    "outputs": ("sums", True),
+}
+"""Role -> the matrix that its rows are multiplied with, and whether by its inverse transposed."""
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """The matrices for the heads of a group.
+
+    Attributes:
+        group: whose heads are rotated.
+        roles: of its rows.
+        products: A of the module's docstring, for each head of keys, [heads, head_dim, head_dim]; None leaves queries
+            and keys alone.
+        sums: T, for each head of values, of the same shape; None leaves values alone.
+    """
+
+    group: Group
+    roles: _Roles
+    products: Tensor | None
+    sums: Tensor | None
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Rotate the weights of a model with this group, its momentum copies, and all their gradients."""
+        for role, (name, inverse) in _TURNED.items():
+            matrices: Tensor | None = getattr(self, name)
+            if matrices is None:
+                continue
+            other = torch.linalg.inv(matrices).mT
+            forth, back = (other, matrices) if inverse else (matrices, other)
+            for part, repeats in self.roles.rows(role):
+                for each in (part, *_followers(self.group, part)):
+                    tensor = tensor_of(model, each.tensor)
+                    _multiply(tensor, each, repeats, forth, self.group.size)
+                    if tensor.grad is not None:
+                        _multiply(tensor.grad, each, repeats, back, self.group.size)
+
+
+def rotate_heads(
+    model: nn.Module,
+    groups: Iterable[Group],
+    observe: Callable[[], Any],
+    inputs: Iterable[Any],
+    averages: Iterable[nn.Module] = (),
+) -> list[str]:
+    """Rotate the heads of a model to their principal axes; its outputs stay as they are, up to rounding.
+
+    Groups stay as they are where that is impossible: heads with rotary positions, frozen or sharded weights, and
+    weights in half precision, which would be rounded again.
+
+    Args:
+        model: the dense model; it may have masks, as long as none is below 1.
+        groups: of the model.
+        observe: runs the model on representative batches.
+        inputs: possible inputs of the model, to check that outputs stay.
+        averages: copies of the model, for instance moving averages of its weights, which are rotated alike.
+
+    Returns:
+        The names of the groups whose heads were rotated. All processes return the same.
+    """
+    subjects = [group for group in groups if _is_plain(model, group)]
+    if not subjects:
+        return []
+    found: list[_Rotation] = []
+    if not many_processes() or torch.distributed.get_rank() == 0:
+        moments = _observed(model, subjects, observe)
+        check = _Check.of(model, inputs)
+        if check is not None:
+            for kind in _kinds(model, subjects):
+                found += _tried(check, kind, moments)
+    if many_processes():
+        found = _agreed(model, subjects, found)
+    for each, rotation in itertools.product((model, *averages), found):
+        rotation.apply(each)
+    return [rotation.group.name for rotation in found]
+
+
+# -- which rows are what --------------------------------------------------------------------------------------------
+
+
+def _is_plain(model: nn.Module, group: Group) -> bool:
+    """Whether a group consists of head dimensions whose tensors can be rotated at all."""
+    if group.kind != "attention" or group.channel != "dimension" or group.size < 2 or group.norms:
+        return False
+    tensors = [tensor_of(model, part.tensor) for part in group.slices]
+    usable = all(
+        isinstance(each, nn.Parameter)
+        and each.dtype in _PRECISE
+        and not (each.is_meta or each.is_inference() or is_sharded_tensor(each))
+        for each in tensors
+    )
+    rows = all(set(part.inners) == {1} and not part.silent for part in group.slices)
+    online = group.online
+    followed = all(len(_followers(group, part)) == len(_followers(group, online[0])) for part in online)
+    copies = sum(len(_followers(group, part)) for part in online) == len(group.slices) - len(online)
+    return usable and rows and followed and copies and next(_readings(model, group), None) is not None
+
+
+def _followers(group: Group, part: Slice) -> list[Slice]:
+    """Return the slices of momentum copies that follow a slice: copies are listed in the order of what they copy."""
+    online = group.online
+    copies = [each for each in group.slices if each.follows]
+    if len(copies) % len(online):
+        return []
+    found = copies[online.index(part) :: len(online)]
+    return [each for each in found if replace(each, tensor=part.tensor, follows=False) == part]
+
+
+def _readings(model: nn.Module, group: Group) -> Iterator[_Roles]:
+    """Yield the ways to divide the rows of a group into queries, keys and values, the likeliest first.
+
+    The tracer knows the queries. What else produces head dimensions are keys and values: one tensor each, or
+    both in one tensor, one after the other or in turns.
+    """
+    readers = [part for part in group.online if not part.produces]
+    heads = readers[-1].outer if readers else 0
+    if not readers or any(part.outer != heads for part in readers):
+        return
+    queries: list[tuple[Slice, tuple[int, ...]]] = []
+    others: dict[str, list[tuple[Slice, tuple[int, ...]]]] = {}  # module -> what of its tensors are no queries
+    for part in group.producers:
+        asked = part.queries or tuple(range(part.query_groups))
+        rest = tuple(repeat for repeat in range(part.outer) if repeat not in asked)
+        if asked:
+            queries.append((part, asked))
+        if rest:
+            others.setdefault(part.tensor.rpartition(".")[0], []).append((part, rest))
+    if any(len(asked) != heads for _, asked in queries) or not queries:
+        return
+    names = list(others)
+    options = [_divided(others[name][0][1]) for name in names]
+    outputs = tuple((part, tuple(range(heads))) for part in readers)
+    count = 0
+    for chosen in itertools.product(*options) if len(options) <= 4 else ():
+        roles: dict[int, list[tuple[Slice, tuple[int, ...]]]] = {0: [], 1: []}
+        for name, pair in zip(names, chosen, strict=True):
+            for (part, rest), role in itertools.product(others[name], (0, 1)):
+                if rest == others[name][0][1] and pair[role]:
+                    roles[role].append((part, pair[role]))
+        weights = [sum(_is_weight(model, part) for part, _ in each) for each in roles.values()]
+        sizes = {len(rows) for each in roles.values() for _, rows in each}
+        if min(weights) == 1 == max(weights) and len(sizes) == 1 and heads % min(sizes) == 0:
+            yield _Roles(count, tuple(queries), tuple(roles[0]), tuple(roles[1]), outputs)
+            count += 1
+        if count == _READINGS:
+            return
+
+
+def _is_weight(model: nn.Module, part: Slice) -> bool:
+    return tensor_of(model, part.tensor).dim() > 1
+
+
+def _divided(rest: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the ways to divide some repeats into keys and values."""
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = [(rest, ()), ((), rest)]
+    if len(rest) % 2 == 0:
+        half = len(rest) // 2
+        found += [(rest[:half], rest[half:]), (rest[::2], rest[1::2])]
+    return found
+
+
+def _kinds(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
+    """Return the groups by kind: those of one kind are the same code with other weights."""
+    found: dict[Any, list[Group]] = {}
+    for group in groups:
+        layout = tuple((part.dim, part.outer, part.gaps, part.query_groups, part.queries) for part in group.slices)
+        owners = tuple(type(owner_of(model, part.tensor)[0]) for part in group.slices)
+        found.setdefault((layout, owners, group.size), []).append(group)
+    return list(found.values())
+
+
+def _positions(part: Slice, repeats: Sequence[int], size: int) -> Tensor:
+    """Return the positions of the channels of some repeats along the slice's dimension, [repeats, size]."""
+    gaps = part.gaps or (0,) * (part.outer + 1)
+    starts = torch.tensor([sum(gaps[: repeat + 1]) + repeat * size for repeat in repeats])
+    return starts[:, None] + torch.arange(size)
+
+
+def _taken(tensor: Tensor, part: Slice, repeats: Sequence[int], size: int) -> Tensor:
+    """Return the rows of some repeats, [repeats, size, everything else]."""
+    rows = tensor.detach().movedim(part.dim, 0)[_positions(part, repeats, size).to(tensor.device)]
+    return rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(2)
+
+
+def _multiply(tensor: Tensor, part: Slice, repeats: Sequence[int], matrices: Tensor, size: int) -> None:
+    """Multiply the rows of some repeats with matrices, [heads, size, size]; neighbouring repeats may share one."""
+    at = _positions(part, repeats, size).to(tensor.device)
+    rows = tensor.detach().movedim(part.dim, 0)
+    old = rows[at]
+    shared = matrices.repeat_interleave(len(repeats) // len(matrices), 0)
+    new = shared.to(tensor.device) @ _taken(tensor, part, repeats, size).double()
+    rows[at] = new.view(old.shape).to(old.dtype)
+
+
+# -- which axes are principal -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Moments:
+    """Sums over the tokens of a layer: their number, their sum [n], and products within each block [blocks, d, d]."""
+
+    count: int
+    sums: Tensor
+    products: Tensor
+
+    def add(self, tokens: Tensor, size: int) -> None:
+        """Add tokens, [..., n]."""
+        tokens = tokens.detach().flatten(0, -2).double()
+        blocks = tokens.unflatten(1, (-1, size)).transpose(0, 1)
+        self.count += len(tokens)
+        self.sums = self.sums + tokens.sum(0)
+        self.products = self.products + blocks.mT @ blocks
+
+
+_Seen = dict[tuple[str, str], _Moments]
+"""(name of a group, name of a tensor) -> moments of its layer's outputs if it produces, else of its inputs."""
+
+
+def _observed(model: nn.Module, groups: Iterable[Group], observe: Callable[[], Any]) -> _Seen:
+    """Return the moments of all layers that are called as modules, and whose channels have no gaps."""
+    found: _Seen = {}
+
+    def hook(group: Group, part: Slice) -> Callable[[nn.Module, Any, Any], None]:
+        def add(_: nn.Module, given: Any, made: Any) -> None:
+            tokens = made if part.produces else given[0] if given else None
+            if not isinstance(tokens, Tensor) or tokens.shape[-1] != part.length(group.size) or not tokens.numel():
+                return
+            key = group.name, part.tensor
+            found.setdefault(key, _Moments(0, torch.zeros(()), torch.zeros(()))).add(tokens, group.size)
+
+        return add
+
+    handles = [
+        layer.register_forward_hook(hook(group, part))
+        for group in groups
+        for part in group.online
+        if isinstance(layer := owner_of(model, part.tensor)[0], nn.Linear) and _is_weight(model, part) and not part.gaps
+    ]
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), buffers_kept(model), drawing_the_same(device), uncompiled():
+            observe()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _second_moments(model: nn.Module, group: Group, rows: _Rows, seen: _Seen, *, centred: bool) -> Tensor:
+    """Return the second moments of what rows produce, or of what columns consume, [heads, head_dim, head_dim].
+
+    Of layers that were not observed they are those for inputs of equal variance in all directions.
+    """
+    part, repeats = next(pair for pair in rows if _is_weight(model, pair[0]))
+    moments = seen.get((group.name, part.tensor))
+    if moments is not None and moments.count and bool(moments.products.isfinite().all()):
+        at = torch.tensor(repeats, device=moments.products.device)
+        mean = (moments.sums / moments.count).unflatten(0, (-1, group.size))[at].unsqueeze(2)
+        found: Tensor = moments.products[at] / moments.count
+        return found.sub(mean @ mean.mT) if centred else found
+    weights = _taken(tensor_of(model, part.tensor), part, repeats, group.size).double()
+    found = weights @ weights.mT
+    return found
+
+
+def _principal(one: Tensor, other: Tensor) -> Tensor:
+    """Return A = S^1/2 U^T C^-1/2 of the module's docstring for second moments of both sides, [heads, d, d]."""
+    roots = []
+    for moments in (one, other):
+        values, vectors = torch.linalg.eigh(moments)
+        values = values.clamp_min(values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny) * _LEAST)
+        roots.append(
+            (vectors * values.sqrt().unsqueeze(-2) @ vectors.mT, vectors * values.rsqrt().unsqueeze(-2) @ vectors.mT)
+        )
+    left, strengths, _ = torch.linalg.svd(roots[0][0] @ roots[1][0])
+    strengths = strengths.clamp_min(strengths.amax(-1, keepdim=True) * _LEAST)
+    matrices: Tensor = strengths.sqrt().unsqueeze(-1) * (left.mT @ roots[0][1])
+    return matrices
+
+
+def _rotation(model: nn.Module, group: Group, roles: _Roles, seen: _Seen) -> _Rotation:
+    """Return the rotation of a group's heads to principal axes."""
+    kept = len(roles.keys[0][1])
+
+    def together(moments: Tensor) -> Tensor:
+        return moments.unflatten(0, (kept, -1)).mean(1)  # queries that share a head of keys
+
+    queries = together(_second_moments(model, group, roles.queries, seen, centred=False))
+    # A softmax does not depend on what all keys have in common, and a bias can stand for what all values have.
+    keys = _second_moments(model, group, roles.keys, seen, centred=True)
+    reader, repeats = roles.outputs[-1]
+    biased = owner_of(model, reader.tensor)[0]._parameters.get("bias") is not None
+    observed = (group.name, reader.tensor) in seen
+    rows = roles.outputs if observed else roles.values
+    values = _second_moments(model, group, rows, seen, centred=biased)
+    columns = _taken(tensor_of(model, reader.tensor), reader, repeats, group.size).double()
+    sums = _principal(together(values) if observed else values, together(columns @ columns.mT))
+    return _Rotation(group, roles, _principal(queries, keys), sums)
+
+
+# -- whether the outputs stay -----------------------------------------------------------------------------------------
+
+
+class _Check:
+    """Compares the outputs of a rotated model with those of the given one.
+
+    Args:
+        model: a copy in float64, or the given model if that cannot be copied; rotated weights are put back.
+        example: inputs of a call.
+        most: largest change of outputs that is rounding.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, expected: Outputs, most: float) -> None:
+        self.model, self._example, self._expected, self._most = model, example, expected, most
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Iterable[Any]) -> _Check | None:
+        """Return the check on the first inputs with which the model runs; None without any."""
+        from upop.pruning.shrink import precise_copy
+
+        for example in inputs:
+            copied = precise_copy(model, example)
+            try:
+                if copied is not None:
+                    with _precisely():
+                        return cls(*copied, outputs_of(*copied), _SAME)
+                is_precise = all(each.dtype == torch.float64 for each in model.parameters())
+                return cls(model, example, outputs_of(model, example), _SAME if is_precise else _SAME_ROUNDED)
+            except Exception:  # the model's own
+                continue
+        return None
+
+    def holds(self, rotations: Sequence[_Rotation]) -> bool:
+        """Whether the outputs stay as they are with these rotations."""
+        names = dict.fromkeys(part.tensor for each in rotations for part in each.group.slices)
+        held = {tensor: tensor.detach().clone() for tensor in (tensor_of(self.model, name) for name in names)}
+        gradients = {tensor: tensor.grad for tensor in held}
+        try:
+            for tensor in held:
+                tensor.grad = None
+            for each in rotations:
+                each.apply(self.model)
+            found = self._run(lambda: outputs_of(self.model, self._example))
+        except Exception:
+            return False
+        finally:
+            with torch.no_grad():
+                for tensor, old in held.items():
+                    tensor.copy_(old)
+                    tensor.grad = gradients[tensor]
+        if [place for place, _ in found] != [place for place, _ in self._expected]:
+            return False
+        return all(self._same(one, other) for (_, one), (_, other) in zip(self._expected, found, strict=True))
+
+    @cached_property
+    def _gradients(self) -> dict[Tensor, Tensor | None]:
+        """Gradients of random sums of the outputs."""
+        parameters = list(self.model.parameters())
+        try:
+            with thawed(parameters):
+                total = self._run(self._random_sum)
+                found = torch.autograd.grad(total, parameters, allow_unused=True)
+        except Exception:  # the model's own
+            return {}
+        return dict(zip(parameters, found, strict=True))
+
+    def reaches(self, group: Group, rows: _Rows) -> bool:
+        """Whether rows with a role influence the outputs: only then do unchanged outputs prove anything."""
+        for part, repeats in rows:
+            gradient = self._gradients.get(tensor_of(self.model, part.tensor))
+            if not _is_weight(self.model, part):  # a bias of keys influences nothing
+                continue
+            if gradient is None or not bool((_taken(gradient, part, repeats, group.size) != 0).any()):
+                return False
+        return True
+
+    def _random_sum(self) -> Tensor:
+        device = next(self.model.parameters()).device
+        with ExitStack() as stack:
+            for context in (evaluating(self.model), buffers_kept(self.model), drawing_the_same(device)):
+                stack.enter_context(context)
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(torch.enable_grad())
+            found = [value for _, value in tensors_of(call(self.model, self._example)) if value.requires_grad]
+            parts = [torch.where(value.isfinite(), value * torch.randn_like(value), 0.0).sum() for value in found]
+            return torch.stack([part.double() for part in parts]).sum()
+
+    def _run(self, run: Callable[[], Any]) -> Any:
+        with _precisely() if self._most == _SAME else nullcontext():
+            return run()
+
+    def _same(self, one: Tensor, other: Tensor) -> bool:
+        if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
+            return False
+        one, other = (value[value.isfinite()].double() for value in (one, other))
+        return not one.numel() or float((one - other).abs().max()) <= self._most * float(one.abs().max())
+
+
+@contextmanager
+def _precisely() -> Iterator[None]:
+    from upop.pruning.axes.copies import forgetting
+    from upop.pruning.axes.proof import Precise
+
+    with forgetting(), Precise(torch.float64):
+        yield
+
+
+def _tried(check: _Check, groups: Sequence[Group], seen: _Seen) -> list[_Rotation]:
+    """Return the rotations of groups of one kind that leave the outputs as they are."""
+    layouts = zip(*(itertools.islice(_readings(check.model, group), _READINGS) for group in groups), strict=False)
+    for layout in layouts:
+        pairs = [
+            (group, roles) for group, roles in zip(groups, layout, strict=True) if check.reaches(group, roles.values)
+        ]
+        whole = [_rotation(check.model, group, roles, seen) for group, roles in pairs]
+        if not whole:
+            return []
+        if all(check.reaches(each.group, each.roles.queries + each.roles.keys) for each in whole) and check.holds(
+            whole
+        ):
+            return whole
+        values = [replace(each, products=None) for each in whole]
+        if check.holds(values):
+            return values
+    return []
+
+
+def _agreed(model: nn.Module, groups: Sequence[Group], found: Sequence[_Rotation]) -> list[_Rotation]:
+    """Return the rotations of the first process: others observed other samples."""
+    device = next(model.parameters()).device
+    given = {each.group.name: each for each in found}
+    agreed: list[_Rotation] = []
+    for group in groups:
+        sent = given.get(group.name)
+        reading, turns = (-1, False) if sent is None else (sent.roles.reading, sent.products is not None)
+        numbers = torch.tensor([reading, turns], device=device)
+        torch.distributed.broadcast(numbers, 0)
+        if numbers[0] < 0:
+            continue
+        roles = next(itertools.islice(_readings(model, group), int(numbers[0]), None))
+        shape = len(roles.keys[0][1]), group.size, group.size
+        sums, products = (
+            torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own.to(device)
+            for own in ((None, None) if sent is None else (sent.sums, sent.products))
+        )
+        torch.distributed.broadcast(sums, 0)
+        torch.distributed.broadcast(products, 0)
+        agreed.append(_Rotation(group, roles, products if numbers[1] else None, sums))
+    return agreed
