@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -136,6 +135,7 @@ def rotate_heads(
         moments = _observed(model, subjects, observe)
         check = _Check.of(model, inputs)
         if check is not None:
+            check.differentiate(subjects)
             for kind in _kinds(model, subjects):
                 found += _tried(check, kind, moments)
     if many_processes():
@@ -247,19 +247,17 @@ def _positions(part: Slice, repeats: Sequence[int], size: int) -> Tensor:
 
 
 def _taken(tensor: Tensor, part: Slice, repeats: Sequence[int], size: int) -> Tensor:
-    """Return the rows of some repeats, [repeats, size, everything else]."""
+    """Return the rows of some repeats in float64 on the CPU, [repeats, size, everything else]."""
     rows = tensor.detach().movedim(part.dim, 0)[_positions(part, repeats, size).to(tensor.device)]
-    return rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(2)
+    return (rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(2)).cpu().double()
 
 
 def _multiply(tensor: Tensor, part: Slice, repeats: Sequence[int], matrices: Tensor, size: int) -> None:
     """Multiply the rows of some repeats with matrices, [heads, size, size]; neighbouring repeats may share one."""
     at = _positions(part, repeats, size).to(tensor.device)
     rows = tensor.detach().movedim(part.dim, 0)
-    old = rows[at]
-    shared = matrices.repeat_interleave(len(repeats) // len(matrices), 0)
-    new = shared.to(tensor.device) @ _taken(tensor, part, repeats, size).double()
-    rows[at] = new.view(old.shape).to(old.dtype)
+    new = matrices.repeat_interleave(len(repeats) // len(matrices), 0) @ _taken(tensor, part, repeats, size)
+    rows[at] = new.view(*at.shape, *rows.shape[1:]).to(rows.device, rows.dtype)
 
 
 # -- which axes are principal -----------------------------------------------------------------------------------------
@@ -267,7 +265,13 @@ def _multiply(tensor: Tensor, part: Slice, repeats: Sequence[int], matrices: Ten
 
 @dataclass
 class _Moments:
-    """Sums over the tokens of a layer: their number, their sum [n], and products within each block [blocks, d, d]."""
+    """Sums over the tokens of a layer, on the CPU.
+
+    Attributes:
+        count: number of tokens.
+        sums: their sum, [n].
+        products: the sum of their outer products within each head, [heads, head_dim, head_dim].
+    """
 
     count: int
     sums: Tensor
@@ -275,11 +279,12 @@ class _Moments:
 
     def add(self, tokens: Tensor, size: int) -> None:
         """Add tokens, [..., n]."""
-        tokens = tokens.detach().flatten(0, -2).double()
+        tokens = tokens.detach().flatten(0, -2)
+        tokens = tokens.double() if tokens.device.type == "cpu" else tokens.float()  # not every device has float64
         blocks = tokens.unflatten(1, (-1, size)).transpose(0, 1)
         self.count += len(tokens)
-        self.sums = self.sums + tokens.sum(0)
-        self.products = self.products + blocks.mT @ blocks
+        self.sums = self.sums + tokens.sum(0).cpu().double()
+        self.products = self.products + (blocks.mT @ blocks).cpu().double()
 
 
 _Seen = dict[tuple[str, str], _Moments]
@@ -310,6 +315,8 @@ def _observed(model: nn.Module, groups: Iterable[Group], observe: Callable[[], A
     try:
         with evaluating(model), buffers_kept(model), drawing_the_same(device), uncompiled():
             observe()
+    except Exception:  # the model's own: what is wrong with a batch comes up where it is scored
+        found.clear()
     finally:
         for handle in handles:
             handle.remove()
@@ -324,13 +331,12 @@ def _second_moments(model: nn.Module, group: Group, rows: _Rows, seen: _Seen, *,
     part, repeats = next(pair for pair in rows if _is_weight(model, pair[0]))
     moments = seen.get((group.name, part.tensor))
     if moments is not None and moments.count and bool(moments.products.isfinite().all()):
-        at = torch.tensor(repeats, device=moments.products.device)
+        at = torch.tensor(repeats)
         mean = (moments.sums / moments.count).unflatten(0, (-1, group.size))[at].unsqueeze(2)
-        found: Tensor = moments.products[at] / moments.count
+        found = moments.products[at] / moments.count
         return found.sub(mean @ mean.mT) if centred else found
-    weights = _taken(tensor_of(model, part.tensor), part, repeats, group.size).double()
-    found = weights @ weights.mT
-    return found
+    weights = _taken(tensor_of(model, part.tensor), part, repeats, group.size)
+    return weights @ weights.mT
 
 
 def _principal(one: Tensor, other: Tensor) -> Tensor:
@@ -353,7 +359,8 @@ def _rotation(model: nn.Module, group: Group, roles: _Roles, seen: _Seen) -> _Ro
     kept = len(roles.keys[0][1])
 
     def together(moments: Tensor) -> Tensor:
-        return moments.unflatten(0, (kept, -1)).mean(1)  # queries that share a head of keys
+        of_keys: Tensor = moments.unflatten(0, (kept, -1)).mean(1)  # several heads of queries may share one of keys
+        return of_keys
 
     queries = together(_second_moments(model, group, roles.queries, seen, centred=False))
     # A softmax does not depend on what all keys have in common, and a bias can stand for what all values have.
@@ -363,7 +370,7 @@ def _rotation(model: nn.Module, group: Group, roles: _Roles, seen: _Seen) -> _Ro
     observed = (group.name, reader.tensor) in seen
     rows = roles.outputs if observed else roles.values
     values = _second_moments(model, group, rows, seen, centred=biased)
-    columns = _taken(tensor_of(model, reader.tensor), reader, repeats, group.size).double()
+    columns = _taken(tensor_of(model, reader.tensor), reader, repeats, group.size)
     sums = _principal(together(values) if observed else values, together(columns @ columns.mT))
     return _Rotation(group, roles, _principal(queries, keys), sums)
 
@@ -382,6 +389,7 @@ class _Check:
 
     def __init__(self, model: nn.Module, example: Any, expected: Outputs, most: float) -> None:
         self.model, self._example, self._expected, self._most = model, example, expected, most
+        self._gradients: dict[str, Tensor | None] = {}
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Iterable[Any]) -> _Check | None:
@@ -389,15 +397,14 @@ class _Check:
         from upop.pruning.shrink import precise_copy
 
         for example in inputs:
-            copied = precise_copy(model, example)
-            try:
+            with suppress(Exception):  # some models compute in a fixed precision, and some devices have no float64
+                copied = precise_copy(model, example)
                 if copied is not None:
                     with _precisely():
                         return cls(*copied, outputs_of(*copied), _SAME)
+            with suppress(Exception):  # the model's own
                 is_precise = all(each.dtype == torch.float64 for each in model.parameters())
                 return cls(model, example, outputs_of(model, example), _SAME if is_precise else _SAME_ROUNDED)
-            except Exception:  # the model's own
-                continue
         return None
 
     def holds(self, rotations: Sequence[_Rotation]) -> bool:
@@ -422,22 +429,19 @@ class _Check:
             return False
         return all(self._same(one, other) for (_, one), (_, other) in zip(self._expected, found, strict=True))
 
-    @cached_property
-    def _gradients(self) -> dict[Tensor, Tensor | None]:
-        """Gradients of random sums of the outputs."""
-        parameters = list(self.model.parameters())
-        try:
-            with thawed(parameters):
-                total = self._run(self._random_sum)
-                found = torch.autograd.grad(total, parameters, allow_unused=True)
-        except Exception:  # the model's own
-            return {}
-        return dict(zip(parameters, found, strict=True))
+    def differentiate(self, groups: Iterable[Group]) -> None:
+        """Compute the gradients of a random sum of the outputs with respect to the tensors of groups."""
+        names = dict.fromkeys(part.tensor for group in groups for part in group.online)
+        tensors = [tensor_of(self.model, name) for name in names]
+        self._gradients = {}
+        with suppress(Exception), thawed(tensors):  # the model's own
+            found = torch.autograd.grad(self._run(self._random_sum), tensors, allow_unused=True)
+            self._gradients = dict(zip(names, found, strict=True))
 
     def reaches(self, group: Group, rows: _Rows) -> bool:
         """Whether rows with a role influence the outputs: only then do unchanged outputs prove anything."""
         for part, repeats in rows:
-            gradient = self._gradients.get(tensor_of(self.model, part.tensor))
+            gradient = self._gradients.get(part.tensor)
             if not _is_weight(self.model, part):  # a bias of keys influences nothing
                 continue
             if gradient is None or not bool((_taken(gradient, part, repeats, group.size) != 0).any()):
@@ -498,6 +502,7 @@ def _tried(check: _Check, groups: Sequence[Group], seen: _Seen) -> list[_Rotatio
 def _agreed(model: nn.Module, groups: Sequence[Group], found: Sequence[_Rotation]) -> list[_Rotation]:
     """Return the rotations of the first process: others observed other samples."""
     device = next(model.parameters()).device
+    kind = torch.float32 if device.type == "mps" else torch.float64
     given = {each.group.name: each for each in found}
     agreed: list[_Rotation] = []
     for group in groups:
@@ -510,10 +515,10 @@ def _agreed(model: nn.Module, groups: Sequence[Group], found: Sequence[_Rotation
         roles = next(itertools.islice(_readings(model, group), int(numbers[0]), None))
         shape = len(roles.keys[0][1]), group.size, group.size
         sums, products = (
-            torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own.to(device)
+            torch.zeros(shape, dtype=kind, device=device) if own is None else own.to(device, kind)
             for own in ((None, None) if sent is None else (sent.sums, sent.products))
         )
         torch.distributed.broadcast(sums, 0)
         torch.distributed.broadcast(products, 0)
-        agreed.append(_Rotation(group, roles, products if numbers[1] else None, sums))
+        agreed.append(_Rotation(group, roles, products.cpu().double() if numbers[1] else None, sums.cpu().double()))
     return agreed
