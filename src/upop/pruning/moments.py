@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -99,7 +99,7 @@ class Moments:
         self._reused: bool | None = None  # whether the training loop writes to what it gave in an earlier step
         self._given: Pass | None = None  # the first one, with the loop's own tensors, until that is known
         self._overwritten = 0
-        self._running = False
+        self._running = self._ignoring = False
         self._widths: dict[str, int] = {}
         self._unhooked: dict[str, list[tuple[Pass, str, int]]] = {}  # calls that a checkpoint made without gradients
 
@@ -184,9 +184,18 @@ class Moments:
         self._unhooked.clear()
         self._running = False
 
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Ignore all passes within the block, of the model and of copies of it."""
+        self._ignoring = True
+        try:
+            yield
+        finally:
+            self._ignoring = False
+
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the inputs of a pass, if it has gradients."""
-        self._running = torch.is_grad_enabled() and not is_transformed()
+        self._running = torch.is_grad_enabled() and not is_transformed() and not self._ignoring
         if self._running:
             self.expect(model, *args, **kwargs)
 

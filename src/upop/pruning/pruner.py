@@ -413,7 +413,8 @@ class Pruner(Searched):
             for batch in kept[-1:]:  # the whole one, where it is kept; generated inputs would say nothing of the data
                 call(self.model, batch)
 
-        rotate_heads(self.model, self.groups, observe, self._inputs(), self._averages)
+        with self._moments.ignoring():
+            rotate_heads(self.model, self.groups, observe, self._inputs(), self._averages)
         self._rotated = True
 
     def _advance(self) -> None:

@@ -27,7 +27,7 @@ from upop.pruning.again import buffers_kept, drawing_the_same, uncompiled
 from upop.pruning.costs import call, evaluating
 from upop.pruning.frozen import thawed
 from upop.pruning.groups import Group, Slice, owner_of, tensor_of
-from upop.pruning.sharded import is_sharded_tensor, many_processes
+from upop.pruning.sharded import is_sharded_tensor, many_processes, reshard, through_whole
 from upop.pruning.verify import Outputs, outputs_of, tensors_of
 
 _PRECISE = (torch.float32, torch.float64)
@@ -44,13 +44,8 @@ _Rows = tuple[tuple[Slice, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class _Roles:
-    """Which rows of a group's tensors are queries, keys and values, and which columns read the values.
+    """Which rows of a group's tensors are queries, keys and values, and which columns read the values."""
 
-    Attributes:
-        reading: its place among the possible ones.
-    """
-
-    reading: int
     queries: _Rows
     keys: _Rows
     values: _Rows
@@ -89,9 +84,10 @@ class _Rotation:
     sums: Tensor | None
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, roles: Iterable[str] = tuple(_TURNED)) -> None:
         """Rotate the weights of a model with this group, its momentum copies, and all their gradients."""
-        for role, (name, inverse) in _TURNED.items():
+        for role in roles:
+            name, inverse = _TURNED[role]
             matrices: Tensor | None = getattr(self, name)
             if matrices is None:
                 continue
@@ -114,8 +110,8 @@ def rotate_heads(
 ) -> list[str]:
     """Rotate the heads of a model to their principal axes; its outputs stay as they are, up to rounding.
 
-    Groups stay as they are where that is impossible: heads with rotary positions, frozen or sharded weights, and
-    weights in half precision, which would be rounded again.
+    Groups stay as they are where that is impossible: heads with rotary positions, for one, and weights in half
+    precision, which would be rounded again. All processes call this together, sharded or not, and rotate alike.
 
     Args:
         model: the dense model; it may have masks, as long as none is below 1.
@@ -125,21 +121,18 @@ def rotate_heads(
         averages: copies of the model, for instance moving averages of its weights, which are rotated alike.
 
     Returns:
-        The names of the groups whose heads were rotated. All processes return the same.
+        The names of the groups whose heads were rotated.
     """
     subjects = [group for group in groups if _is_plain(model, group)]
     if not subjects:
         return []
+    seen = _observed(model, subjects, observe)
+    check = _Check.of(model, list(inputs))
     found: list[_Rotation] = []
-    if not many_processes() or torch.distributed.get_rank() == 0:
-        moments = _observed(model, subjects, observe)
-        check = _Check.of(model, inputs)
-        if check is not None:
-            check.differentiate(subjects)
-            for kind in _kinds(model, subjects):
-                found += _tried(check, kind, moments)
-    if many_processes():
-        found = _agreed(model, subjects, found)
+    if check is not None:
+        check.differentiate(subjects)
+        for kind in _kinds(model, subjects):
+            found += _tried(check, kind, seen)
     for each, rotation in itertools.product((model, *averages), found):
         rotation.apply(each)
     return [rotation.group.name for rotation in found]
@@ -154,9 +147,7 @@ def _is_plain(model: nn.Module, group: Group) -> bool:
         return False
     tensors = [tensor_of(model, part.tensor) for part in group.slices]
     usable = all(
-        isinstance(each, nn.Parameter)
-        and each.dtype in _PRECISE
-        and not (each.is_meta or each.is_inference() or is_sharded_tensor(each))
+        isinstance(each, nn.Parameter) and each.dtype in _PRECISE and not (each.is_meta or each.is_inference())
         for each in tensors
     )
     rows = all(set(part.inners) == {1} and not part.silent for part in group.slices)
@@ -210,7 +201,7 @@ def _readings(model: nn.Module, group: Group) -> Iterator[_Roles]:
         weights = [sum(_is_weight(model, part) for part, _ in each) for each in roles.values()]
         sizes = {len(rows) for each in roles.values() for _, rows in each}
         if min(weights) == 1 == max(weights) and len(sizes) == 1 and heads % min(sizes) == 0:
-            yield _Roles(count, tuple(queries), tuple(roles[0]), tuple(roles[1]), outputs)
+            yield _Roles(tuple(queries), tuple(roles[0]), tuple(roles[1]), outputs)
             count += 1
         if count == _READINGS:
             return
@@ -218,6 +209,11 @@ def _readings(model: nn.Module, group: Group) -> Iterator[_Roles]:
 
 def _is_weight(model: nn.Module, part: Slice) -> bool:
     return tensor_of(model, part.tensor).dim() > 1
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a module only multiplies with its weight, like transformers' Conv1D."""
+    return isinstance(layer, nn.Linear) or (hasattr(layer, "nf") and not list(layer.children()))
 
 
 def _divided(rest: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -248,16 +244,27 @@ def _positions(part: Slice, repeats: Sequence[int], size: int) -> Tensor:
 
 def _taken(tensor: Tensor, part: Slice, repeats: Sequence[int], size: int) -> Tensor:
     """Return the rows of some repeats in float64 on the CPU, [repeats, size, everything else]."""
-    rows = tensor.detach().movedim(part.dim, 0)[_positions(part, repeats, size).to(tensor.device)]
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
+    rows = tensor.movedim(part.dim, 0)[_positions(part, repeats, size).to(tensor.device)]
     return (rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(2)).cpu().double()
 
 
 def _multiply(tensor: Tensor, part: Slice, repeats: Sequence[int], matrices: Tensor, size: int) -> None:
     """Multiply the rows of some repeats with matrices, [heads, size, size]; neighbouring repeats may share one."""
-    at = _positions(part, repeats, size).to(tensor.device)
-    rows = tensor.detach().movedim(part.dim, 0)
     new = matrices.repeat_interleave(len(repeats) // len(matrices), 0) @ _taken(tensor, part, repeats, size)
-    rows[at] = new.view(*at.shape, *rows.shape[1:]).to(rows.device, rows.dtype)
+
+    def change(whole: Tensor) -> Tensor:
+        at = _positions(part, repeats, size).to(whole.device)
+        rows = whole.movedim(part.dim, 0)
+        rows[at] = new.view(*at.shape, *rows.shape[1:]).to(rows.device, rows.dtype)
+        return whole
+
+    if is_sharded_tensor(tensor):
+        shard: Any = through_whole(tensor, change)
+        tensor.detach().to_local().copy_(shard.to_local())  # type: ignore[attr-defined]
+    else:
+        change(tensor.detach())
 
 
 # -- which axes are principal -----------------------------------------------------------------------------------------
@@ -309,7 +316,7 @@ def _observed(model: nn.Module, groups: Iterable[Group], observe: Callable[[], A
         layer.register_forward_hook(hook(group, part))
         for group in groups
         for part in group.online
-        if isinstance(layer := owner_of(model, part.tensor)[0], nn.Linear) and _is_weight(model, part) and not part.gaps
+        if _is_linear(layer := owner_of(model, part.tensor)[0]) and _is_weight(model, part) and not part.gaps
     ]
     device = next(model.parameters()).device
     try:
@@ -320,7 +327,35 @@ def _observed(model: nn.Module, groups: Iterable[Group], observe: Callable[[], A
     finally:
         for handle in handles:
             handle.remove()
+        reshard(model)
+    return _summed(model, groups, found) if many_processes() else found
+
+
+def _summed(model: nn.Module, groups: Iterable[Group], seen: _Seen) -> _Seen:
+    """Return the sums over all processes, as one process would have seen all samples."""
+    found: _Seen = {}
+    for group in groups:
+        for part in group.online:
+            heads, size = part.outer, group.size
+            own = seen.get((group.name, part.tensor))
+            own = own or _Moments(0, torch.zeros(heads * size), torch.zeros(heads, size, size))
+            flat = torch.cat([torch.tensor([own.count]), own.sums, own.products.flatten()]).double()
+            count, sums, products = _all(model, flat, "SUM").split([1, heads * size, heads * size * size])
+            if count > 0:
+                found[group.name, part.tensor] = _Moments(int(count), sums, products.view(heads, size, size))
     return found
+
+
+def _all(model: nn.Module, values: Tensor, how: str) -> Tensor:
+    """Return the sum ("SUM") or the least ("MIN") of values over all processes; themselves if there is only one."""
+    if not many_processes():
+        return values
+    parameter = next(model.parameters())
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    device = parameter.device if mesh is None else torch.device(mesh.device_type)
+    together = values.to(device, torch.float32 if device.type == "mps" else values.dtype)
+    torch.distributed.all_reduce(together, getattr(torch.distributed.ReduceOp, how))
+    return together.to(values)
 
 
 def _second_moments(model: nn.Module, group: Group, rows: _Rows, seen: _Seen, *, centred: bool) -> Tensor:
@@ -372,7 +407,11 @@ def _rotation(model: nn.Module, group: Group, roles: _Roles, seen: _Seen) -> _Ro
     values = _second_moments(model, group, rows, seen, centred=biased)
     columns = _taken(tensor_of(model, reader.tensor), reader, repeats, group.size)
     sums = _principal(together(values) if observed else values, together(columns @ columns.mT))
-    return _Rotation(group, roles, _principal(queries, keys), sums)
+    products = _principal(queries, keys)
+    if many_processes():  # the same bits everywhere, whatever the machines are
+        first = float(torch.distributed.get_rank() == 0)
+        products, sums = (_all(model, first * each, "SUM") for each in (products, sums))
+    return _Rotation(group, roles, products, sums)
 
 
 # -- whether the outputs stay -----------------------------------------------------------------------------------------
@@ -390,25 +429,39 @@ class _Check:
     def __init__(self, model: nn.Module, example: Any, expected: Outputs, most: float) -> None:
         self.model, self._example, self._expected, self._most = model, example, expected, most
         self._gradients: dict[str, Tensor | None] = {}
+        self._is_sharded = False
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Iterable[Any]) -> _Check | None:
+    def of(cls, model: nn.Module, inputs: Sequence[Any]) -> _Check | None:
         """Return the check on the first inputs with which the model runs; None without any."""
-        from upop.pruning.shrink import precise_copy
-
-        for example in inputs:
-            with suppress(Exception):  # some models compute in a fixed precision, and some devices have no float64
-                copied = precise_copy(model, example)
-                if copied is not None:
-                    with _precisely():
-                        return cls(*copied, outputs_of(*copied), _SAME)
-            with suppress(Exception):  # the model's own
-                is_precise = all(each.dtype == torch.float64 for each in model.parameters())
-                return cls(model, example, outputs_of(model, example), _SAME if is_precise else _SAME_ROUNDED)
+        for number in range(int(_all(model, torch.tensor(len(inputs)), "MIN"))):
+            for make in (cls._precise, cls._rounded):
+                check = None
+                with suppress(Exception):  # the model's own; some models compute in a fixed precision
+                    check = make(model, inputs[number])
+                reshard(model)
+                if _all(model, torch.tensor(int(check is not None)), "MIN"):
+                    return check
         return None
 
-    def holds(self, rotations: Sequence[_Rotation]) -> bool:
-        """Whether the outputs stay as they are with these rotations."""
+    @classmethod
+    def _precise(cls, model: nn.Module, example: Any) -> _Check | None:
+        from upop.pruning.shrink import precise_copy
+
+        copied = precise_copy(model, example)
+        if copied is None:
+            return None
+        with _precisely():
+            return cls(*copied, outputs_of(*copied), _SAME)
+
+    @classmethod
+    def _rounded(cls, model: nn.Module, example: Any) -> _Check:
+        is_precise = all(each.dtype == torch.float64 for each in model.parameters())
+        return cls(model, example, outputs_of(model, example), _SAME if is_precise else _SAME_ROUNDED)
+
+    def holds(self, rotations: Sequence[_Rotation], roles: Iterable[str] = tuple(_TURNED)) -> bool:
+        """Whether the outputs stay as they are with these rotations, of rows with some roles."""
+        found: Outputs = []
         names = dict.fromkeys(part.tensor for each in rotations for part in each.group.slices)
         held = {tensor: tensor.detach().clone() for tensor in (tensor_of(self.model, name) for name in names)}
         gradients = {tensor: tensor.grad for tensor in held}
@@ -416,37 +469,47 @@ class _Check:
             for tensor in held:
                 tensor.grad = None
             for each in rotations:
-                each.apply(self.model)
+                each.apply(self.model, roles)
             found = self._run(lambda: outputs_of(self.model, self._example))
-        except Exception:
-            return False
+        except Exception:  # the model's own
+            found = []
         finally:
+            reshard(self.model)
             with torch.no_grad():
                 for tensor, old in held.items():
                     tensor.copy_(old)
                     tensor.grad = gradients[tensor]
-        if [place for place, _ in found] != [place for place, _ in self._expected]:
-            return False
-        return all(self._same(one, other) for (_, one), (_, other) in zip(self._expected, found, strict=True))
+        places = [[place for place, _ in outputs] for outputs in (self._expected, found)]
+        same = places[0] == places[1] and all(
+            self._same(one, other) for (_, one), (_, other) in zip(self._expected, found, strict=True)
+        )
+        return bool(_all(self.model, torch.tensor(int(same)), "MIN"))
 
     def differentiate(self, groups: Iterable[Group]) -> None:
-        """Compute the gradients of a random sum of the outputs with respect to the tensors of groups."""
+        """Compute the gradients of a random sum of the outputs with respect to the tensors of groups.
+
+        Those of a sharded model would go to its shards; there, each role is changed by itself instead.
+        """
+        self._is_sharded = any(map(is_sharded_tensor, self.model.parameters()))
+        if self._is_sharded:
+            return
         names = dict.fromkeys(part.tensor for group in groups for part in group.online)
         tensors = [tensor_of(self.model, name) for name in names]
-        self._gradients = {}
         with suppress(Exception), thawed(tensors):  # the model's own
             found = torch.autograd.grad(self._run(self._random_sum), tensors, allow_unused=True)
             self._gradients = dict(zip(names, found, strict=True))
 
-    def reaches(self, group: Group, rows: _Rows) -> bool:
+    def reaches(self, rotation: _Rotation, role: str) -> bool:
         """Whether rows with a role influence the outputs: only then do unchanged outputs prove anything."""
-        for part, repeats in rows:
+        if self._is_sharded:
+            return not self.holds([rotation], [role])
+        reached = True
+        for part, repeats in rotation.roles.rows(role):
             gradient = self._gradients.get(part.tensor)
-            if not _is_weight(self.model, part):  # a bias of keys influences nothing
-                continue
-            if gradient is None or not bool((_taken(gradient, part, repeats, group.size) != 0).any()):
-                return False
-        return True
+            if _is_weight(self.model, part):  # a bias of keys influences nothing
+                size = rotation.group.size
+                reached &= gradient is not None and bool((_taken(gradient, part, repeats, size) != 0).any())
+        return bool(_all(self.model, torch.tensor(int(reached)), "MIN"))
 
     def _random_sum(self) -> Tensor:
         device = next(self.model.parameters()).device
@@ -483,42 +546,10 @@ def _tried(check: _Check, groups: Sequence[Group], seen: _Seen) -> list[_Rotatio
     """Return the rotations of groups of one kind that leave the outputs as they are."""
     layouts = zip(*(itertools.islice(_readings(check.model, group), _READINGS) for group in groups), strict=False)
     for layout in layouts:
-        pairs = [
-            (group, roles) for group, roles in zip(groups, layout, strict=True) if check.reaches(group, roles.values)
-        ]
-        whole = [_rotation(check.model, group, roles, seen) for group, roles in pairs]
-        if not whole:
-            return []
-        if all(check.reaches(each.group, each.roles.queries + each.roles.keys) for each in whole) and check.holds(
-            whole
-        ):
-            return whole
-        values = [replace(each, products=None) for each in whole]
-        if check.holds(values):
-            return values
+        found = [_rotation(check.model, group, roles, seen) for group, roles in zip(groups, layout, strict=True)]
+        found = [each for each in found if check.reaches(each, "values")]
+        reached = [check.reaches(each, role) for each in found for role in ("queries", "keys")]
+        for rotations in (found if all(reached) else [], [replace(each, products=None) for each in found]):
+            if rotations and check.holds(rotations):
+                return rotations
     return []
-
-
-def _agreed(model: nn.Module, groups: Sequence[Group], found: Sequence[_Rotation]) -> list[_Rotation]:
-    """Return the rotations of the first process: others observed other samples."""
-    device = next(model.parameters()).device
-    kind = torch.float32 if device.type == "mps" else torch.float64
-    given = {each.group.name: each for each in found}
-    agreed: list[_Rotation] = []
-    for group in groups:
-        sent = given.get(group.name)
-        reading, turns = (-1, False) if sent is None else (sent.roles.reading, sent.products is not None)
-        numbers = torch.tensor([reading, turns], device=device)
-        torch.distributed.broadcast(numbers, 0)
-        if numbers[0] < 0:
-            continue
-        roles = next(itertools.islice(_readings(model, group), int(numbers[0]), None))
-        shape = len(roles.keys[0][1]), group.size, group.size
-        sums, products = (
-            torch.zeros(shape, dtype=kind, device=device) if own is None else own.to(device, kind)
-            for own in ((None, None) if sent is None else (sent.sums, sent.products))
-        )
-        torch.distributed.broadcast(sums, 0)
-        torch.distributed.broadcast(products, 0)
-        agreed.append(_Rotation(group, roles, products.cpu().double() if numbers[1] else None, sums.cpu().double()))
-    return agreed

@@ -22,7 +22,7 @@ from upop.pruning.known import Prunable, is_known, remember, remember_cut
 from upop.pruning.masks import Masks, refuse_masked, unmask, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.seen import examples_of
-from upop.pruning.sharded import refuse_sharded
+from upop.pruning.sharded import is_sharded_tensor, refuse_sharded
 from upop.pruning.slicing import slicing
 from upop.pruning.slips import check_model
 from upop.pruning.verify import Outputs, compare, narrowed, outputs_of, rounding_of
@@ -418,8 +418,8 @@ def _proved_in_float64(model: nn.Module, groups: list[Group], plan: Mapping[str,
 def precise_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any] | None:
     """Return a copy of a model, without masks, and inputs in float64.
 
-    None if the model is too large for that or in float64 already, or if the inputs are a function of it: nobody else
-    can make precise what that gives to the model.
+    None if the model is sharded, too large for that or in float64 already, or if the inputs are a function of it:
+    nobody else can make precise what that gives to the model.
 
     Raises:
         LayoutError: the model cannot be copied.
@@ -428,6 +428,8 @@ def precise_copy(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any] | None:
 
     tensors = [*model.parameters(), *model.buffers()]
     numbers = sum(each.numel() for each in tensors if each.is_floating_point())
+    if any(map(is_sharded_tensor, tensors)):
+        return None
     if numbers > MOST_COPIED or all(each.dtype == torch.float64 for each in model.parameters()):
         return None
     if not any(isinstance(each, Tensor) for each in tree_leaves(inputs)):
