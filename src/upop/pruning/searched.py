@@ -90,9 +90,11 @@ class Searched(ABC):
         if waits:
             self._first = FirstCall(self.model, self._begin_with, self._note)
         else:
-            # A compiled first call is only observed where its inputs are needed.
-            observed = (lambda *_: None) if self.rotate else None
-            self._first = FirstCall(self.model, observed, wrapper=None if self.rotate else model)
+            self._first = self._first_call()
+
+    def _first_call(self) -> FirstCall:
+        """Observe the next call; a compiled one only where its inputs are needed."""
+        return FirstCall(self.model, lambda *_: None) if self.rotate else FirstCall(self.model, wrapper=self._wrapper())
 
     def _begin_with(self, kept: Kept, arguments: Arguments) -> None:
         """Trace the model with the inputs of its first call, before it runs."""
@@ -232,6 +234,8 @@ class Searched(ABC):
         self.model, self._wrapper = model, wrapper
         self._attach(masks)
         self._moments.resume(seen)
+        if self._first.kept is None:
+            self._first = self._first_call()
 
     def remove(self) -> None:
         """Remove the masks without a cut; corrections of layers stay."""
