@@ -17,12 +17,12 @@ from upop.report.results import number
 SHOWN = {"retrieval-clip": "retrieval"}
 """How a task is called, where that is not its name."""
 _GROUP = ("split", "cost", "budget", "reduction", "task", "method")
-VARIANTS = ("no teacher", "no progress", "per modality")
+VARIANTS = ("no rotation", "no teacher", "no progress", "per modality")
 """Methods that differ from the default in one part; leads over them and over other methods are separate."""
 _SAME = 1.02
 """Sizes may differ by so much and still count as equal."""
 _EQUAL = {"params": "parameters", "macs": "GMACs", "model": "parameters of the whole model"}
-_COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#444444", "#8a8a8a", "#B0B000")
+_COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#444444", "#8a8a8a", "#B0B000", "#332288")
 
 
 def aggregate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

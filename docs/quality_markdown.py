@@ -30,6 +30,7 @@ TASKS = {
 }
 METHODS = {
     DEFAULT: "upop, the default",
+    "no rotation": "upop without rotation",
     "reference": "reference, as published",
     "reference 36:1": "reference, costs 36 : 1",
     "no teacher": "upop without teacher",
@@ -40,7 +41,12 @@ METHODS = {
     "Torch-Pruning L2": "Torch-Pruning, L2",
     "Torch-Pruning Taylor": "Torch-Pruning, Taylor",
 }
-_VARIANTS = {"no teacher": "without teacher", "no progress": "one cut", "per modality": "budgets per modality"}
+_VARIANTS = {
+    "no rotation": "without rotation",
+    "no teacher": "without teacher",
+    "no progress": "one cut",
+    "per modality": "budgets per modality",
+}
 """What the variants of the default are called in the cells of the leads."""
 _ABSENT = "-"
 _AHEAD = {
