@@ -89,7 +89,8 @@ METHODS: dict[str, Method] = {
     "Torch-Pruning Taylor": Method("torch-pruning taylor"),
 }
 """What the tables compare; all variants of the default leave heads as they are. "reference" is the published recipe
-with true costs, so that sizes are equal; 36:1 are the published ones, where an attention channel counts as 36 MLP channels."""
+with true costs, so that sizes are equal; 36:1 are the published ones, where an attention channel counts as 36 MLP
+channels."""
 LEVERS: dict[str, Method] = {
     DEFAULT: _TAUGHT,
     "teacher, features 1": Method(teacher={"features": 1.0}),

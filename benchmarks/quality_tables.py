@@ -22,7 +22,10 @@ VARIANTS = ("no rotation", "no teacher", "no progress", "per modality")
 _SAME = 1.02
 """Sizes may differ by so much and still count as equal."""
 _EQUAL = {"params": "parameters", "macs": "GMACs", "model": "parameters of the whole model"}
-_COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#444444", "#8a8a8a", "#B0B000", "#332288")
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"),
+    *("#56B4E9", "#444444", "#8a8a8a", "#B0B000", "#332288"),
+)
 
 
 def aggregate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
