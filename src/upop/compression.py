@@ -22,7 +22,7 @@ from upop.pruning.goal import Goal
 from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as, sized
 from upop.pruning.masks import unwrapped
-from upop.pruning.optimizers import copies_following, cut_optimizer
+from upop.pruning.optimizers import copies_following, cut_optimizer, rotate_optimizer
 from upop.pruning.replicas import rebuild_replicas
 from upop.pruning.seen import FirstCall
 from upop.pruning.sharded import reshard
@@ -215,8 +215,12 @@ class Compression:
         if self.searching and self.pruner is not None:
             optimizers = list(optimizers)
             scale = max((_unscaled(each, scaler) for each in optimizers), default=1.0)
-            with copies_following(optimizers if self.pruner.moves_masks else ()):
+            with copies_following(optimizers if self.pruner.changes_weights else ()):
                 self.pruner.step(scale=scale)
+            rotations, self.pruner.rotations = self.pruner.rotations, []
+            turns = [turn for each in rotations for turn in each.turns(self.pruner.model)]
+            for each in optimizers if turns else ():
+                rotate_optimizer(each, turns)
 
     def after_step(self, optimizers: Iterable[Any]) -> None:
         """Do the part of `step` after the optimizer step, for loops that take the step themselves."""

@@ -169,6 +169,36 @@ def test_averages_are_rotated_alike() -> None:
     compression.close()
 
 
+def test_moments_of_an_optimizer_are_rotated_like_gradients() -> None:
+    """The product of weights and gradients does not depend on the basis, nor do the squares that Adam keeps vanish."""
+    torch.manual_seed(0)
+    model = Block().double()
+    inputs = tokens().double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for seed in range(3):
+        loss(model, tokens(seed).double()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def products() -> dict[str, Tensor]:
+        return {
+            name: (optimizer.state[each]["exp_avg"] * each.detach()).unflatten(0, (HEADS, -1)).sum((1, 2))
+            for name, each in model.attention.named_parameters()
+            if name in ("query.weight", "key.weight", "value.weight")
+        }
+
+    expected, old = products(), copy.deepcopy(optimizer.state[model.attention.value.weight])
+    with upop.Compression(model, 0.3, 100, teacher=False, example=inputs) as compression:
+        compression.loss(loss(model, inputs)).backward()
+        compression.before_step([optimizer])
+        for name, product in products().items():
+            assert torch.allclose(product, expected[name])
+        new = optimizer.state[model.attention.value.weight]
+        assert not torch.allclose(new["exp_avg_sq"], old["exp_avg_sq"])
+        assert bool((new["exp_avg_sq"] >= 0).all())
+        compression.close()
+
+
 def test_it_can_be_left_out_and_the_published_search_leaves_it_out() -> None:
     for settings in ({"rotate": False}, {"progress": "soft"}):
         model = VIT.build()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from upop.pruning.errors import some_of
 from upop.pruning.slicing import Slicing
+
+if TYPE_CHECKING:
+    from upop.pruning.rotation import Turn
 
 _DEGREES = {
     "exp_avg": -1,
@@ -68,6 +71,22 @@ def cut_optimizer(optimizer: HasState, cuts: Mapping[Tensor, Slicing]) -> None:
             f"(shapes {some_of(list(dict.fromkeys(dropped)), 3)}), and is reset.",
             stacklevel=2,
         )
+
+
+@torch.no_grad()
+def rotate_optimizer(optimizer: HasState, turns: Iterable[Turn]) -> None:
+    """Rotate the moments that an optimizer keeps like its weights; copies of weights are left to `copies_following`.
+
+    Args:
+        optimizer: of the rotated weights.
+        turns: the rotations of their rows.
+    """
+    turns = list(turns)
+    for state in _states(optimizer):
+        for turn in turns:
+            for name, value in (state.get(turn.tensor) or {}).items():
+                if name in _DEGREES and isinstance(value, Tensor) and value.shape == turn.tensor.shape:
+                    turn.apply(value, _DEGREES[name])
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from upop.pruning.groups import Group, tensor_of
 from upop.pruning.latency import Profile
 from upop.pruning.moments import OBSERVATIONS, Correct
 from upop.pruning.plan import Plan
-from upop.pruning.rotation import rotate_heads
+from upop.pruning.rotation import Rotation, rotate_heads
 from upop.pruning.round_to import RoundTo, check_round_to
 from upop.pruning.scores import Importance, agreed, scoring
 from upop.pruning.searched import Searched
@@ -88,7 +88,8 @@ class Pruner(Searched):
         rotate: whether the first step rotates attention heads to their principal axes: queries and keys, values and
             output projections are multiplied with matrices that cancel, so that no output changes, and the dimensions
             of a head become as unequal as possible. Pruned heads then lose much less. By default yes, in "stages".
-            Heads where the outputs would change (rotary positions, norms), and weights in half precision, stay.
+            Heads where the outputs would change, and weights in half precision, stay. `upop.Compression` also rotates
+            the moments that an optimizer has already; with a `Pruner`, begin with a new optimizer.
         include: names or patterns (`fnmatch`) of the groups to prune; default all.
         exclude: names or patterns of groups to keep whole.
         example: inputs for one forward pass, for cost="macs", and to find the groups of a custom model
@@ -167,6 +168,7 @@ class Pruner(Searched):
             raise SettingError("A soft search, the published one, rotates nothing; found rotate=True. Leave it out.")
         self.rotate = self.progress == "stages" if rotate is None else rotate
         self._rotated, self._averages = not self.rotate, list[nn.Module]()
+        self.rotations: list[Rotation] = []
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._skipped = torch.zeros((), dtype=torch.long)
         self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
@@ -189,9 +191,9 @@ class Pruner(Searched):
         return self._done >= self.steps
 
     @property
-    def moves_masks(self) -> bool:
-        """Whether the next step moves the masks, and corrects what they change."""
-        return not self.finished and self._due(self._done)
+    def changes_weights(self) -> bool:
+        """Whether the next step changes weights: it rotates heads, or moves the masks and corrects consumers."""
+        return not self.finished and (self._due(self._done) or not self._rotated)
 
     @property
     def current_ratio(self) -> float:
@@ -414,7 +416,8 @@ class Pruner(Searched):
                 call(self.model, batch)
 
         with self._moments.ignoring():
-            rotate_heads(self.model, self.groups, observe, self._inputs(), self._averages)
+            found = rotate_heads(self.model, self.groups, observe, self._inputs(), self._averages)
+        self.rotations = found
         self._rotated = True
 
     def _advance(self) -> None:

@@ -67,7 +67,7 @@ _TURNED = {
 
 
 @dataclass(frozen=True)
-class _Rotation:
+class Rotation:
     """The matrices for the heads of a group.
 
     Attributes:
@@ -83,9 +83,8 @@ class _Rotation:
     products: Tensor | None
     sums: Tensor | None
 
-    @torch.no_grad()
-    def apply(self, model: nn.Module, roles: Iterable[str] = tuple(_TURNED)) -> None:
-        """Rotate the weights of a model with this group, its momentum copies, and all their gradients."""
+    def turns(self, model: nn.Module, roles: Iterable[str] = tuple(_TURNED)) -> Iterator[Turn]:
+        """Yield what happens to each tensor of a model with this group, and of its momentum copies."""
         for role in roles:
             name, inverse = _TURNED[role]
             matrices: Tensor | None = getattr(self, name)
@@ -95,10 +94,47 @@ class _Rotation:
             forth, back = (other, matrices) if inverse else (matrices, other)
             for part, repeats in self.roles.rows(role):
                 for each in (part, *_followers(self.group, part)):
-                    tensor = tensor_of(model, each.tensor)
-                    _multiply(tensor, each, repeats, forth, self.group.size)
-                    if tensor.grad is not None:
-                        _multiply(tensor.grad, each, repeats, back, self.group.size)
+                    yield Turn(tensor_of(model, each.tensor), each, repeats, forth, back, self.group.size)
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, roles: Iterable[str] = tuple(_TURNED)) -> None:
+        """Rotate the weights of a model with this group, and their gradients."""
+        for turn in self.turns(model, roles):
+            turn.apply(turn.tensor, 0)
+            if turn.tensor.grad is not None:
+                turn.apply(turn.tensor.grad, -1)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of some rows of one tensor.
+
+    Attributes:
+        tensor: the parameter.
+        part: the slice of it.
+        repeats: whose rows, one per head.
+        forth: what they are multiplied with, [heads, head_dim, head_dim].
+        back: what their gradients are multiplied with.
+        size: head_dim.
+    """
+
+    tensor: Tensor
+    part: Slice
+    repeats: tuple[int, ...]
+    forth: Tensor
+    back: Tensor
+    size: int
+
+    def apply(self, value: Tensor, degree: int) -> None:
+        """Rotate a tensor of the parameter's shape, in place.
+
+        Args:
+            value: the weights, or what an optimizer keeps for them.
+            degree: 0 of weights, -1 of gradients, -2 of squared gradients: for the latter, gradients of different
+                dimensions count as independent, so that the squares of the matrix add them up.
+        """
+        matrices = {0: self.forth, -1: self.back, -2: self.back.square()}[degree]
+        _multiply(value, self.part, self.repeats, matrices, self.size)
 
 
 def rotate_heads(
@@ -107,7 +143,7 @@ def rotate_heads(
     observe: Callable[[], Any],
     inputs: Iterable[Any],
     averages: Iterable[nn.Module] = (),
-) -> list[str]:
+) -> list[Rotation]:
     """Rotate the heads of a model to their principal axes; its outputs stay as they are, up to rounding.
 
     Groups stay as they are where that is impossible: heads with rotary positions, for one, and weights in half
@@ -121,21 +157,21 @@ def rotate_heads(
         averages: copies of the model, for instance moving averages of its weights, which are rotated alike.
 
     Returns:
-        The names of the groups whose heads were rotated.
+        The rotations, one for each group whose heads were rotated.
     """
     subjects = [group for group in groups if _is_plain(model, group)]
     if not subjects:
         return []
     seen = _observed(model, subjects, observe)
     check = _Check.of(model, list(inputs))
-    found: list[_Rotation] = []
+    found: list[Rotation] = []
     if check is not None:
         check.differentiate(subjects)
         for kind in _kinds(model, subjects):
             found += _tried(check, kind, seen)
     for each, rotation in itertools.product((model, *averages), found):
         rotation.apply(each)
-    return [rotation.group.name for rotation in found]
+    return found
 
 
 # -- which rows are what --------------------------------------------------------------------------------------------
@@ -389,7 +425,7 @@ def _principal(one: Tensor, other: Tensor) -> Tensor:
     return matrices
 
 
-def _rotation(model: nn.Module, group: Group, roles: _Roles, seen: _Seen) -> _Rotation:
+def _rotation(model: nn.Module, group: Group, roles: _Roles, seen: _Seen) -> Rotation:
     """Return the rotation of a group's heads to principal axes."""
     kept = len(roles.keys[0][1])
 
@@ -411,7 +447,7 @@ def _rotation(model: nn.Module, group: Group, roles: _Roles, seen: _Seen) -> _Ro
     if many_processes():  # the same bits everywhere, whatever the machines are
         first = float(torch.distributed.get_rank() == 0)
         products, sums = (_all(model, first * each, "SUM") for each in (products, sums))
-    return _Rotation(group, roles, products, sums)
+    return Rotation(group, roles, products, sums)
 
 
 # -- whether the outputs stay -----------------------------------------------------------------------------------------
@@ -459,7 +495,7 @@ class _Check:
         is_precise = all(each.dtype == torch.float64 for each in model.parameters())
         return cls(model, example, outputs_of(model, example), _SAME if is_precise else _SAME_ROUNDED)
 
-    def holds(self, rotations: Sequence[_Rotation], roles: Iterable[str] = tuple(_TURNED)) -> bool:
+    def holds(self, rotations: Sequence[Rotation], roles: Iterable[str] = tuple(_TURNED)) -> bool:
         """Whether the outputs stay as they are with these rotations, of rows with some roles."""
         found: Outputs = []
         names = dict.fromkeys(part.tensor for each in rotations for part in each.group.slices)
@@ -499,7 +535,7 @@ class _Check:
             found = torch.autograd.grad(self._run(self._random_sum), tensors, allow_unused=True)
             self._gradients = dict(zip(names, found, strict=True))
 
-    def reaches(self, rotation: _Rotation, role: str) -> bool:
+    def reaches(self, rotation: Rotation, role: str) -> bool:
         """Whether rows with a role influence the outputs: only then do unchanged outputs prove anything."""
         if self._is_sharded:
             return not self.holds([rotation], [role])
@@ -542,7 +578,7 @@ def _precisely() -> Iterator[None]:
         yield
 
 
-def _tried(check: _Check, groups: Sequence[Group], seen: _Seen) -> list[_Rotation]:
+def _tried(check: _Check, groups: Sequence[Group], seen: _Seen) -> list[Rotation]:
     """Return the rotations of groups of one kind that leave the outputs as they are."""
     layouts = zip(*(itertools.islice(_readings(check.model, group), _READINGS) for group in groups), strict=False)
     for layout in layouts:
