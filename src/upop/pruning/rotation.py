@@ -38,6 +38,9 @@ _SAME, _SAME_ROUNDED = 1e-7, 1e-3
 _READINGS = 6
 """Most ways to divide the rows of an attention into queries, keys and values that are tried."""
 
+_MODULES = 5
+"""Most modules that keys and values come from: two, and adapters beside them."""
+
 _Rows = tuple[tuple[Slice, tuple[int, ...]], ...]
 """Slices with those of their repeats that have a role, one repeat per head."""
 
@@ -228,7 +231,7 @@ def _readings(model: nn.Module, group: Group) -> Iterator[_Roles]:
     options = [_divided(others[name][0][1]) for name in names]
     outputs = tuple((part, tuple(range(heads))) for part in readers)
     count = 0
-    for chosen in itertools.product(*options) if len(options) <= 4 else ():
+    for chosen in itertools.product(*options) if len(options) <= _MODULES else ():
         roles: dict[int, list[tuple[Slice, tuple[int, ...]]]] = {0: [], 1: []}
         for name, pair in zip(names, chosen, strict=True):
             for (part, rest), role in itertools.product(others[name], (0, 1)):
@@ -236,7 +239,7 @@ def _readings(model: nn.Module, group: Group) -> Iterator[_Roles]:
                     roles[role].append((part, pair[role]))
         weights = [sum(_is_weight(model, part) for part, _ in each) for each in roles.values()]
         sizes = {len(rows) for each in roles.values() for _, rows in each}
-        if min(weights) == 1 == max(weights) and len(sizes) == 1 and heads % min(sizes) == 0:
+        if min(weights) and len(sizes) == 1 and heads % min(sizes) == 0:  # an adapter is one more weight
             yield _Roles(tuple(queries), tuple(roles[0]), tuple(roles[1]), outputs)
             count += 1
         if count == _READINGS:
