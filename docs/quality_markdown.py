@@ -158,7 +158,8 @@ def _cell(groups: Sequence[Group], task: str, method: str, size: str) -> str:
         text = f"**{text}**"
     if not size:
         return text if group in fair else f"{text} ({size_text(group['parameters'])})"
-    return f"{text} ({size_text(group[size])}, {number(group['seconds'])} s)"
+    time = f", {number(group['seconds'])} s" if "seconds" in group else ""  # of one machine only
+    return f"{text} ({size_text(group[size])}{time})"
 
 
 def _quality(group: Group | None, size: str = "") -> str:
