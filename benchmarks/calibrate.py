@@ -29,9 +29,10 @@ from upop.runs.loaders import make_loader, to_device
 RESULTS = Path(__file__).parent / "results"
 ROWS: dict[str, dict[str, Any] | None] = {
     "magnitude": None,
-    "first order, one cut": {"stages": 1, "correct": False},
-    "first order, stages": {"correct": False},
-    "one cut, corrected": {"stages": 1},
+    "first order, one cut": {"stages": 1, "correct": False, "rotate": False},
+    "first order, stages": {"correct": False, "rotate": False},
+    "one cut, corrected": {"stages": 1, "rotate": False},
+    "calibrate, not rotated": {"rotate": False},
     "calibrate": {},
     "calibrate, no labels": {"labels": False},
 }

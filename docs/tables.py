@@ -196,7 +196,7 @@ def calibrate() -> str:
     ]
     rows = [
         [f"{task}, {found['metric']}", f"{100 * float(ratio):g} %", f"{found['dense']:.1f}"]
-        + [f"{found[way][ratio]['quality']:.1f}" for way in ways]
+        + [f"{found[way][ratio]['quality']:.1f}" if way in found else "-" for way in ways]
         for task, found in content["tasks"].items()
         for ratio in found[ways[0]]
     ]
