@@ -65,7 +65,7 @@ def pairs(model: nn.Module, dense: nn.Module, reader: str, batch: dict[str, Tens
 
 
 def off(model: nn.Module, plan: upop.Plan, dense: nn.Module, group: upop.Group, batch: dict[str, Tensor]) -> float:
-    """Mean square of what a cut group's reader is off, on what it is given in the dense model."""
+    """Mean square of what a cut group's reader is off, on what it is given in the dense model, not rotated."""
     part = group.online[-1]
     columns = part.index(torch.tensor(plan[group.name]), group.size)
     wanted, found = pairs(model, dense, part.tensor.removesuffix(".weight"), batch, columns)
@@ -74,12 +74,13 @@ def off(model: nn.Module, plan: upop.Plan, dense: nn.Module, group: upop.Group, 
 
 def calibrated(dense: nn.Module, group: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
     model = copy.deepcopy(dense)
-    return model, upop.calibrate(model, batches, 0.5, loss=loss, stages=1, include=group, **settings)
+    plan = upop.calibrate(model, batches, 0.5, loss=loss, stages=1, include=group, rotate=False, **settings)
+    return model, plan
 
 
 def searched(dense: nn.Module, group: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
     model = copy.deepcopy(dense)
-    pruner = upop.Pruner(model, 0.5, len(batches), len(batches), include=group, **settings)
+    pruner = upop.Pruner(model, 0.5, len(batches), len(batches), include=group, rotate=False, **settings)
     take(model, pruner, batches)
     return pruner.shrink(), pruner.plan()
 
@@ -186,7 +187,7 @@ def test_it_looks_at_the_model_without_dropout_and_padding_and_leaves_no_trace()
 def test_it_says_when_nothing_could_be_corrected() -> None:
     """One batch alone tells nothing of others."""
     model = encoder()
-    pruner = upop.Pruner(model, 0.5, 8, 8)
+    pruner = upop.Pruner(model, 0.5, 8, 8, rotate=False)
     before = copy.deepcopy(model.state_dict())
     assert not pruner.corrections
     with warnings.catch_warnings(record=True) as caught:

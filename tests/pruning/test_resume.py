@@ -172,7 +172,7 @@ def test_a_plan_survives_json() -> None:
 
 def test_a_plan_cuts_a_fresh_copy_to_the_same_model() -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
-    pruner = finished_pruner(model, inputs, correct=False)
+    pruner = finished_pruner(model, inputs, correct=False, rotate=False)
     plan = upop.Plan.from_json(pruner.plan().to_json())
     pruner.shrink(verify=inputs)
     fresh = upop.shrink(NLVR.build(), plan, verify=inputs)

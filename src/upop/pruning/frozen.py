@@ -84,6 +84,10 @@ class FrozenRows:
         thawing.append(model.register_forward_pre_hook(EagerHook(self._thaw)))
         self._end = weakref.finalize(self, _end, [*self._taking.values(), *thawing], self._thawed)
 
+    def __contains__(self, parameter: Tensor) -> bool:
+        """Whether a parameter is scored here."""
+        return parameter in self._dims
+
     def rows(self) -> dict[Tensor, Tensor]:
         """Return the scores of this step, by weight, [rows] each.
 

@@ -415,9 +415,15 @@ class Pruner(Searched):
             for batch in kept[-1:]:  # the whole one, where it is kept; generated inputs would say nothing of the data
                 call(self.model, batch)
 
+        # Frozen weights beside trained ones were scored already, in the backward pass.
+        frozen = self._rows.frozen
+        groups = [
+            group
+            for group in self.groups
+            if frozen is None or all(tensor_of(self.model, part.tensor) not in frozen for part in group.producers)
+        ]
         with self._moments.ignoring():
-            found = rotate_heads(self.model, self.groups, observe, self._inputs(), self._averages)
-        self.rotations = found
+            self.rotations = rotate_heads(self.model, groups, observe, self._inputs(), self._averages)
         self._rotated = True
 
     def _advance(self) -> None:

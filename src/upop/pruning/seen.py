@@ -87,6 +87,8 @@ def _first_samples(inputs: Any) -> Any:
 class FirstCall:
     """Keeps a small part of the inputs of a model's first call, and observes no later call.
 
+    The model does not hold it: nothing is left of one that was let go of.
+
     Args:
         model: the model.
         then: called before the model runs, with the kept inputs and all arguments. With it, compiled code runs eagerly
@@ -107,6 +109,7 @@ class FirstCall:
         self._model, self._then, self._last = weakref.ref(model), then, last
         called = model if wrapper is None else wrapper
         self._hook: RemovableHandle | None = called.register_forward_pre_hook(_FirstCallHook(self), with_kwargs=True)
+        weakref.finalize(self, self._hook.remove)
         self._leave: Callable[[], Any] = lambda: None
         if then is not None:
             uncompiled.enter()
@@ -150,7 +153,7 @@ class _FirstCallHook:
     """The hook of a `FirstCall`; a copied or unpickled hook does nothing."""
 
     def __init__(self, first: FirstCall | None = None) -> None:
-        self._first = first
+        self._first = None if first is None else weakref.ref(first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -160,8 +163,11 @@ class _FirstCallHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
-        if self._first is not None and not torch.compiler.is_compiling() and not is_transformed():
-            self._first.see(Arguments(args, kwargs))
+        if torch.compiler.is_compiling() or is_transformed():
+            return
+        first = None if self._first is None else self._first()
+        if first is not None:
+            first.see(Arguments(args, kwargs))
 
 
 def read_first(inputs: Iterable[Any], read: Callable[[Any], Found]) -> Found:
