@@ -192,7 +192,7 @@ def calibrate() -> str:
     """Return the table of cuts without training."""
     content = read("calibrate_cpu")
     ways = [
-        name for name in next(iter(content["tasks"].values())) if name not in ("metric", "split", "dense", "parameters")
+        name for name in next(iter(content["tasks"].values())) if name not in ("metric", "split", "dense", "dense_of_calibrate", "parameters")
     ]
     rows = [
         [f"{task}, {found['metric']}", f"{100 * float(ratio):g} %", f"{found['dense']:.1f}"]
