@@ -277,8 +277,8 @@ def _kinds(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
 def _positions(part: Slice, repeats: Sequence[int], size: int) -> Tensor:
     """Return the positions of the channels of some repeats along the slice's dimension, [repeats, size]."""
     gaps = part.gaps or (0,) * (part.outer + 1)
-    starts = torch.tensor([sum(gaps[: repeat + 1]) + repeat * size for repeat in repeats])
-    return starts[:, None] + torch.arange(size)
+    starts = torch.tensor([sum(gaps[: repeat + 1]) + repeat * size for repeat in repeats], device="cpu")
+    return starts[:, None] + torch.arange(size, device="cpu")
 
 
 def _taken(tensor: Tensor, part: Slice, repeats: Sequence[int], size: int) -> Tensor:
@@ -323,6 +323,12 @@ class _Moments:
     sums: Tensor
     products: Tensor
 
+    @classmethod
+    def none(cls, heads: int = 1, size: int = 1) -> _Moments:
+        """Return the moments of no token; by default those that any can be added to."""
+        shapes = (heads * size,), (heads, size, size)
+        return cls(0, *(torch.zeros(shape, device="cpu", dtype=torch.float64) for shape in shapes))
+
     def add(self, tokens: Tensor, size: int) -> None:
         """Add tokens, [..., n]."""
         tokens = tokens.detach().flatten(0, -2)
@@ -347,7 +353,7 @@ def _observed(model: nn.Module, groups: Iterable[Group], observe: Callable[[], A
             if not isinstance(tokens, Tensor) or tokens.shape[-1] != part.length(group.size) or not tokens.numel():
                 return
             key = group.name, part.tensor
-            found.setdefault(key, _Moments(0, torch.zeros(()), torch.zeros(()))).add(tokens, group.size)
+            found.setdefault(key, _Moments.none()).add(tokens, group.size)
 
         return add
 
@@ -376,9 +382,8 @@ def _summed(model: nn.Module, groups: Iterable[Group], seen: _Seen) -> _Seen:
     for group in groups:
         for part in group.online:
             heads, size = part.outer, group.size
-            own = seen.get((group.name, part.tensor))
-            own = own or _Moments(0, torch.zeros(heads * size), torch.zeros(heads, size, size))
-            flat = torch.cat([torch.tensor([own.count]), own.sums, own.products.flatten()]).double()
+            own = seen.get((group.name, part.tensor)) or _Moments.none(heads, size)
+            flat = torch.cat([own.sums.new_tensor([own.count]), own.sums, own.products.flatten()])
             count, sums, products = _all(model, flat, "SUM").split([1, heads * size, heads * size * size])
             if count > 0:
                 found[group.name, part.tensor] = _Moments(int(count), sums, products.view(heads, size, size))
@@ -405,7 +410,7 @@ def _second_moments(model: nn.Module, group: Group, rows: _Rows, seen: _Seen, *,
     part, repeats = next(pair for pair in rows if _is_weight(model, pair[0]))
     moments = seen.get((group.name, part.tensor))
     if moments is not None and moments.count and bool(moments.products.isfinite().all()):
-        at = torch.tensor(repeats)
+        at = torch.tensor(repeats, device="cpu")
         mean = (moments.sums / moments.count).unflatten(0, (-1, group.size))[at].unsqueeze(2)
         found = moments.products[at] / moments.count
         return found.sub(mean @ mean.mT) if centred else found
@@ -473,13 +478,13 @@ class _Check:
     @classmethod
     def of(cls, model: nn.Module, inputs: Sequence[Any]) -> _Check | None:
         """Return the check on the first inputs with which the model runs; None without any."""
-        for number in range(int(_all(model, torch.tensor(len(inputs)), "MIN"))):
+        for number in range(int(_all(model, torch.tensor(len(inputs), device="cpu"), "MIN"))):
             for make in (cls._precise, cls._rounded):
                 check = None
                 with suppress(Exception):  # the model's own; some models compute in a fixed precision
                     check = make(model, inputs[number])
                 reshard(model)
-                if _all(model, torch.tensor(int(check is not None)), "MIN"):
+                if _all(model, torch.tensor(int(check is not None), device="cpu"), "MIN"):
                     return check
         return None
 
@@ -522,7 +527,7 @@ class _Check:
         same = places[0] == places[1] and all(
             self._same(one, other) for (_, one), (_, other) in zip(self._expected, found, strict=True)
         )
-        return bool(_all(self.model, torch.tensor(int(same)), "MIN"))
+        return bool(_all(self.model, torch.tensor(int(same), device="cpu"), "MIN"))
 
     def differentiate(self, groups: Iterable[Group]) -> None:
         """Compute the gradients of a random sum of the outputs with respect to the tensors of groups.
@@ -548,7 +553,7 @@ class _Check:
             if _is_weight(self.model, part):  # a bias of keys influences nothing
                 size = rotation.group.size
                 reached &= gradient is not None and bool((_taken(gradient, part, repeats, size) != 0).any())
-        return bool(_all(self.model, torch.tensor(int(reached)), "MIN"))
+        return bool(_all(self.model, torch.tensor(int(reached), device="cpu"), "MIN"))
 
     def _random_sum(self) -> Tensor:
         device = next(self.model.parameters()).device
@@ -559,7 +564,7 @@ class _Check:
             stack.enter_context(torch.enable_grad())
             found = [value for _, value in tensors_of(call(self.model, self._example)) if value.requires_grad]
             parts = [torch.where(value.isfinite(), value * torch.randn_like(value), 0.0).sum() for value in found]
-            return torch.stack([part.double() for part in parts]).sum()
+            return torch.stack([part.cpu().double() for part in parts]).sum()  # not every device has float64
 
     def _run(self, run: Callable[[], Any]) -> Any:
         with _precisely() if self._most == _SAME else nullcontext():
@@ -568,7 +573,7 @@ class _Check:
     def _same(self, one: Tensor, other: Tensor) -> bool:
         if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
             return False
-        one, other = (value[value.isfinite()].double() for value in (one, other))
+        one, other = (value[value.isfinite()].cpu().double() for value in (one, other))
         return not one.numel() or float((one - other).abs().max()) <= self._most * float(one.abs().max())
 
 
@@ -585,7 +590,10 @@ def _tried(check: _Check, groups: Sequence[Group], seen: _Seen) -> list[Rotation
     """Return the rotations of groups of one kind that leave the outputs as they are."""
     layouts = zip(*(itertools.islice(_readings(check.model, group), _READINGS) for group in groups), strict=False)
     for layout in layouts:
-        found = [_rotation(check.model, group, roles, seen) for group, roles in zip(groups, layout, strict=True)]
+        try:
+            found = [_rotation(check.model, group, roles, seen) for group, roles in zip(groups, layout, strict=True)]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of weights that are not finite, for one
+            return []
         found = [each for each in found if check.reaches(each, "values")]
         reached = [check.reaches(each, role) for each in found for role in ("queries", "keys")]
         for rotations in (found if all(reached) else [], [replace(each, products=None) for each in found]):
