@@ -93,8 +93,10 @@ class Searched(ABC):
             self._first = self._first_call()
 
     def _first_call(self) -> FirstCall:
-        """Observe the next call; a compiled one only where its inputs are needed."""
-        return FirstCall(self.model, lambda *_: None) if self.rotate else FirstCall(self.model, wrapper=self._wrapper())
+        """Observe the next call; to rotate heads, the first one of training, which processes share the samples of."""
+        if self.rotate:
+            return FirstCall(self.model, lambda *_: None, learning=True)
+        return FirstCall(self.model, wrapper=self._wrapper())
 
     def _begin_with(self, kept: Kept, arguments: Arguments) -> None:
         """Trace the model with the inputs of its first call, before it runs."""

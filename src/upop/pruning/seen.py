@@ -95,6 +95,7 @@ class FirstCall:
             until then; without it, a compiled call is not observed.
         last: called after that, with all arguments, in the precision and modes of the call.
         wrapper: the module that is called in place of the model, if any.
+        learning: wait for the first call with gradients.
     """
 
     def __init__(
@@ -104,8 +105,10 @@ class FirstCall:
         last: Callable[[Arguments], None] | None = None,
         *,
         wrapper: nn.Module | None = None,
+        learning: bool = False,
     ) -> None:
         self.kept: Kept | None = None
+        self._learning = learning
         self._model, self._then, self._last = weakref.ref(model), then, last
         called = model if wrapper is None else wrapper
         self._hook: RemovableHandle | None = called.register_forward_pre_hook(_FirstCallHook(self), with_kwargs=True)
@@ -137,6 +140,8 @@ class FirstCall:
         tensors = [each for each in tree_leaves(arguments) if isinstance(each, Tensor)]
         if self._hook is None or model is None or any(type(each) not in _PLAIN or each.is_meta for each in tensors):
             return  # of another tool that looks at the model, with tensors of its own
+        if self._learning and not torch.is_grad_enabled():
+            return
         self.release()
         # The call may be one without gradients, in lower precision, or be counted.
         kind = _device_of(model).type
