@@ -191,9 +191,8 @@ def loader() -> str:
 def calibrate() -> str:
     """Return the table of cuts without training."""
     content = read("calibrate_cpu")
-    ways = [
-        name for name in next(iter(content["tasks"].values())) if name not in ("metric", "split", "dense", "dense_of_calibrate", "parameters")
-    ]
+    others = ("metric", "split", "dense", "dense_of_calibrate", "parameters")
+    ways = [name for name in next(iter(content["tasks"].values())) if name not in others]
     rows = [
         [f"{task}, {found['metric']}", f"{100 * float(ratio):g} %", f"{found['dense']:.1f}"]
         + [f"{found[way][ratio]['quality']:.1f}" if way in found else "-" for way in ways]

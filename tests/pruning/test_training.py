@@ -373,6 +373,22 @@ def test_weights_beside_an_adapter_are_scored_and_the_loop_does_not_notice() -> 
     assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
 
 
+def test_heads_with_frozen_weights_beside_trained_ones_are_scored_as_they_are() -> None:
+    """These scores are of the backward pass, so that a rotation after it would come too late."""
+    found = []
+    for rotate in (True, False):
+        model = VIT.build()
+        model.get_parameter("blocks.0.attn.qkv.weight").requires_grad_(False)
+        before = copy.deepcopy(model.state_dict())
+        pruner = upop.Pruner(model, 0.5, 4, rotate=rotate)
+        loss_of(model(**VIT.inputs())).backward()
+        pruner.step()
+        found.append(pruner.scores["blocks.0.attn"])
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert {name.partition(".attn")[0] for name in moved} == ({"blocks.1"} if rotate else set())
+    torch.testing.assert_close(*found)
+
+
 def partly_frozen() -> tuple[nn.Module, nn.Parameter]:
     model = VIT.build()
     weight = model.get_parameter("blocks.0.mlp.fc1.weight")

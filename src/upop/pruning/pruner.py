@@ -88,7 +88,8 @@ class Pruner(Searched):
         rotate: whether the first step rotates attention heads to their principal axes: queries and keys, values and
             output projections are multiplied with matrices that cancel, so that no output changes, and the dimensions
             of a head become as unequal as possible. Pruned heads then lose much less. By default yes, in "stages".
-            Heads where the outputs would change, and weights in half precision, stay. `upop.Compression` also rotates
+            Heads where the outputs would change, with weights in half precision, or with frozen weights beside trained
+            ones stay. `upop.Compression` also rotates
             the moments that an optimizer has already; with a `Pruner`, begin with a new optimizer.
         include: names or patterns (`fnmatch`) of the groups to prune; default all.
         exclude: names or patterns of groups to keep whole.
